@@ -1,0 +1,36 @@
+"""Re-execute chapters in place: `python book/refresh.py [chapter.ipynb ...]`, all of them without arguments."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+BOOK = Path(__file__).parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def refresh(path: Path) -> None:
+    """Run every cell and store its outputs; nothing else in the file may depend on when or where."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=ERROR"],
+    ).execute()
+    notebook.metadata = METADATA
+    nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    chapters = [Path(name) for name in sys.argv[1:]] or sorted(BOOK.rglob("*.ipynb"))
+    for chapter in chapters:
+        print(chapter, flush=True)
+        refresh(chapter)

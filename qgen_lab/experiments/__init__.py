@@ -1,0 +1,1 @@
+"""Stored experiments and the statistics that the chapters share."""

@@ -1,0 +1,1 @@
+"""Quantization-aware training: quantizers, models and the training loop."""

@@ -1,0 +1,1 @@
+"""Typical-case theory of quantized linear models: replica equations and what they predict."""
