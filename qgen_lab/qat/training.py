@@ -1,0 +1,753 @@
+"""One training loop for any model, loss and metric.
+
+*Training loss* means one thing in this project: a full pass over the training set, without
+augmentation, in evaluation mode, after an epoch. `fit` keeps the weights for which it is lowest.
+
+On a CPU, run one thread a process (``OMP_NUM_THREADS=1``) wherever several processes train at
+once: two threads that wait for a busy core can be ten times slower than one. `fit` leaves the
+thread count, and every other global setting, as it finds it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import (
+    cross_entropy,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    nll_loss,
+    smooth_l1_loss,
+)
+from tqdm import tqdm
+
+from qgen_lab.data import Dataset, Splits
+from qgen_lab.qat.models import seeded
+from qgen_lab.qat.quantizers import parameter_groups
+
+__all__ = ["Diverged", "Evaluation", "History", "Recipe", "accuracy", "evaluate", "fit", "recipes"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Metrics = Mapping[str, Loss]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+_OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, recipe: torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum
+    ),
+    "adam": lambda groups, recipe: torch.optim.Adam(
+        groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999)
+    ),
+    "rmsprop": lambda groups, recipe: torch.optim.RMSprop(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum
+    ),
+}
+_SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, "Recipe"], Any]] = {
+    "constant": lambda optimizer, recipe: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
+    "multi-step": lambda optimizer, recipe: torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, recipe.milestones, recipe.gamma
+    ),
+}
+_KEEP = ("lowest-train-loss", "last")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything but the model, the data and the seed.
+
+    Change one with ``dataclasses.replace(recipe, epochs=30)``.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the training set.
+    batch_size : int
+        Samples per step; the last batch of an epoch may be shorter.
+    optimizer : {"sgd", "adam", "rmsprop"}
+        As in `torch.optim`.
+    learning_rate : float
+        Rate of the first epoch.
+    momentum : float
+        Decay of the running mean of the gradients, in [0, 1): the momentum of SGD and RMSprop (0
+        for the plain RMSprop), the first beta of Adam.
+    weight_decay : float
+        Added to the gradient as ``weight_decay * parameter``, for all three optimizers. It acts on
+        every parameter, biases and batch norm too, as in the papers, but not on the step sizes of
+        quantizers.
+    schedule : {"constant", "multi-step"}
+        With "multi-step" the rate is multiplied by `gamma` after each epoch in `milestones`.
+    milestones : tuple of int
+        Ascending numbers of epochs; those beyond `epochs` are never reached.
+    gamma : float
+        Factor on the learning rate at a milestone.
+    augmentation : str
+        A name in `qgen_lab.data.augmentations`, applied to training batches only.
+    keep : {"lowest-train-loss", "last"}
+        The epoch whose weights the model holds when `fit` returns.
+    stop_at_loss : float, optional
+        Stop after the first epoch whose training loss is at most this.
+
+    Raises
+    ------
+    ValueError
+        If a field is out of its range.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    augmentation: str = "none"
+    keep: str = "lowest-train-loss"
+    stop_at_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        steps = self.milestones
+        whole = all(isinstance(n, int) and n >= 1 for n in (self.epochs, self.batch_size, *steps))
+        rules = [
+            ("epochs, batch_size and milestones", whole, "positive integers"),
+            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {sorted(_OPTIMIZERS)}"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "zero or positive"),
+            ("schedule", self.schedule in _SCHEDULES, f"one of {sorted(_SCHEDULES)}"),
+            ("milestones", list(steps) == sorted(set(steps)), "ascending"),
+            ("milestones", bool(steps) or self.schedule != "multi-step", "given for multi-step"),
+            ("gamma", 0 < self.gamma < math.inf, "positive"),
+            ("keep", self.keep in _KEEP, f"one of {_KEEP}"),
+        ]
+        for name, holds, allowed in rules:
+            if not holds:
+                raise ValueError(f"Recipe: {name} must be {allowed}, got {self}")
+
+
+recipes: dict[str, Recipe] = {
+    # arXiv 2404.11769, appendix B.1.
+    "qgen-nin": Recipe(epochs=300, schedule="multi-step", milestones=(100, 200)),
+    "qgen-resnet": Recipe(epochs=200, schedule="multi-step", milestones=(80, 160)),
+    # Appendix C.1: fine-tuning of a trained network.
+    "qgen-imagenet": Recipe(
+        epochs=120, learning_rate=0.01, schedule="multi-step", milestones=(30, 60, 90)
+    ),
+}
+"""The papers' recipes by name."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and metrics of a model over a set of `size` samples."""
+
+    loss: float
+    metrics: dict[str, float]
+    size: int
+
+    def __repr__(self) -> str:
+        values = {"loss": self.loss, **self.metrics}
+        named = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+        return f"Evaluation({named}, size={self.size})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class History:
+    """What happened in each epoch of one training run.
+
+    All arrays have one entry per epoch. Training loss and metrics come from a clean pass after the
+    epoch (see the module's first lines), `running_loss` is the mean over the epoch's own steps,
+    while the weights moved, which most training programs print.
+
+    Parameters
+    ----------
+    epoch : ndarray of int
+        1, 2, ...
+    learning_rate : ndarray
+        Rate during the epoch.
+    running_loss : ndarray
+        Mean loss of the training batches, augmented, in training mode.
+    train_loss, validation_loss : ndarray
+        Clean losses; `validation_loss` is None without a validation split.
+    train_metrics, validation_metrics : dict of str to ndarray
+        Clean metrics by name.
+    seconds : ndarray
+        Wall time of the epoch, its clean passes included.
+    kept_epoch : int
+        The epoch whose weights the model holds on return.
+    train, validation : Evaluation
+        The kept model's; `validation` is None without a validation split.
+    """
+
+    epoch: np.ndarray
+    learning_rate: np.ndarray
+    running_loss: np.ndarray
+    train_loss: np.ndarray
+    train_metrics: dict[str, np.ndarray]
+    validation_loss: np.ndarray | None
+    validation_metrics: dict[str, np.ndarray]
+    seconds: np.ndarray
+    kept_epoch: int
+    train: Evaluation
+    validation: Evaluation | None
+
+    def __repr__(self) -> str:
+        validation = f", validation={self.validation}" if self.validation else ""
+        return (
+            f"History(epochs={len(self.epoch)}, kept_epoch={self.kept_epoch}, "
+            f"train={self.train}{validation})"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per epoch, one column per array; metrics as ``train_<name>``."""
+        columns = {
+            "epoch": self.epoch,
+            "learning_rate": self.learning_rate,
+            "running_loss": self.running_loss,
+            "train_loss": self.train_loss,
+            **{f"train_{name}": values for name, values in self.train_metrics.items()},
+        }
+        if self.validation_loss is not None:
+            columns["validation_loss"] = self.validation_loss
+        columns |= {f"validation_{name}": v for name, v in self.validation_metrics.items()}
+        return pd.DataFrame(columns | {"seconds": self.seconds})
+
+
+class Diverged(RuntimeError):
+    """Training met a loss that is not finite.
+
+    The model is left as it was at that step.
+
+    Attributes
+    ----------
+    epoch, step : int
+        Where, both counted from 1. Step 0 is the clean pass after the epoch.
+    layer : str
+        Name of the layer where the first value that is not finite was found; ``"inputs"`` if it
+        was in the data, ``"loss"`` if only in the loss.
+    history : History or None
+        The epochs before this one, if any.
+    """
+
+    def __init__(
+        self, epoch: int, step: int, layer: str, message: str, history: History | None
+    ) -> None:
+        super().__init__(epoch, step, layer, message, history)
+        self.epoch, self.step, self.layer, self.history = epoch, step, layer, history
+
+    def __str__(self) -> str:
+        return self.args[3]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Share of targets that have the largest logit.
+
+    Parameters
+    ----------
+    outputs : Tensor of shape (N, classes, ...)
+        Logits.
+    targets : Tensor of int, shape (N, ...)
+        Class indices.
+    """
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+def fit(
+    model: nn.Module,
+    data: Splits | Dataset | tuple[Tensor, Tensor] | Batches,
+    recipe: Recipe,
+    loss: Loss = cross_entropy,
+    metrics: Metrics | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    on_epoch: Callable[[int, nn.Module], None] | None = None,
+) -> History:
+    """Train `model` in place.
+
+    On return the model holds the weights of the kept epoch (the one of lowest training loss unless
+    `recipe` says otherwise), with its buffers and quantizer steps, in evaluation mode. Give
+    quantizers to the model before the call, so that the optimizer knows their steps.
+
+    Two calls with equal models, data, recipe and seed give equal results, bit for bit, on one
+    machine with one thread count. PyTorch's global random state is left as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its initial weights are the start of training; `seed` does not touch them.
+    data : Splits, Dataset, (inputs, targets) tensors, or iterable of such batches
+        Training data, and with `Splits` validation data. An iterable is gone through once per epoch
+        and once per clean pass, in the batches and the order that it gives; `recipe.batch_size`
+        is then not used.
+    recipe : Recipe
+        See `recipes` for some by name.
+    loss : callable
+        ``loss(outputs, targets)`` gives the mean over a batch, a scalar.
+    metrics : dict of str to callable, optional
+        ``metric(outputs, targets)`` gives a mean over a batch, or one value per sample. By default
+        `accuracy` where targets are integers, else none.
+    seed : int
+        Seed of the order of the samples, the augmentation, and dropout.
+    device : torch.device or str, optional
+        Where to train; by default where the model is. The model stays there.
+    progress : bool, optional
+        Show a progress bar. By default only on a terminal.
+    on_epoch : callable, optional
+        ``on_epoch(epoch, model)`` is called after each epoch, the model in evaluation mode.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    ValueError
+        If the data are empty, or model, data and loss do not fit together.
+    TypeError
+        If an argument is of a wrong kind.
+    Diverged
+        If a loss is not finite.
+
+    Notes
+    -----
+    The pass over a set weighs each batch by its size, so the mean is exact for losses that are
+    means over samples, whatever the sizes. A training batch of a single sample left over at the
+    end of an epoch is skipped: batch norm cannot normalise it.
+
+    Examples
+    --------
+    >>> from qgen_lab.data import load_dataset
+    >>> from qgen_lab.qat import Recipe, fit, nin, quantize_weights
+    >>> model = quantize_weights(nin(2, 8, in_channels=1, base_width=1, seed=0), bits=4)
+    >>> history = fit(model, load_dataset("digits"), Recipe(epochs=2))
+    >>> len(history.epoch)
+    2
+    """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as recipes['qgen-nin'], got {recipe!r}")
+    if device is not None:
+        model.to(device)
+    splits = (data.train, data.validation) if isinstance(data, Splits) else (data, None)
+    training, validation = (_Source(part, model) if part is not None else None for part in splits)
+
+    with ExitStack() as stack:
+        stack.enter_context(seeded(seed, _device(model)))
+        stack.enter_context(_channels_last(model))
+        metrics = _check(model, training, loss, metrics)
+        bar = stack.enter_context(_bar(recipe, training, progress))
+        optimizer = _OPTIMIZERS[recipe.optimizer](
+            parameter_groups(model, recipe.weight_decay), recipe
+        )
+        schedule = _SCHEDULES[recipe.schedule](optimizer, recipe)
+        generator = torch.Generator().manual_seed(seed)
+        epochs: list[_Epoch] = []
+        kept_epoch, kept_weights = 0, {}
+        for number in range(1, recipe.epochs + 1):
+            start, rate = time.perf_counter(), schedule.get_last_lr()[0]
+            try:
+                batches = training.shuffled(recipe, generator)
+                running_loss = _train_epoch(model, batches, loss, optimizer, bar)
+                train = _evaluate(model, training.batches(), loss, metrics)
+                if not math.isfinite(train.loss):
+                    raise _NotFinite(0, train.loss, training.batches())
+            except _NotFinite as problem:
+                history = _history(epochs, kept_epoch) if epochs else None
+                raise _diverged(model, recipe, number, problem, history) from None
+            valid = None
+            if validation is not None:
+                valid = _evaluate(model, validation.batches(), loss, metrics)
+            schedule.step()
+            if recipe.keep == "last":
+                kept_epoch = number
+            elif not epochs or train.loss < epochs[kept_epoch - 1].train.loss:
+                kept_epoch, kept_weights = number, _copy(model)
+            seconds = time.perf_counter() - start
+            epochs.append(_Epoch(number, rate, running_loss, train, valid, seconds))
+            bar.set_description(f"epoch {number}/{recipe.epochs}, loss {train.loss:.3g}")
+            if on_epoch is not None:
+                model.eval()
+                on_epoch(number, model)
+            if recipe.stop_at_loss is not None and train.loss <= recipe.stop_at_loss:
+                break
+        if kept_epoch < len(epochs):
+            model.load_state_dict(kept_weights)
+    model.eval()
+    return _history(epochs, kept_epoch)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset | tuple[Tensor, Tensor] | Batches,
+    loss: Loss = cross_entropy,
+    metrics: Metrics | None = None,
+    batch_size: int = 256,
+) -> Evaluation:
+    """Mean loss and metrics of `model` over `data`, in evaluation mode, without augmentation.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Evaluated where it is; its mode is restored.
+    data : Dataset, (inputs, targets) tensors, or iterable of such batches
+        What to evaluate on.
+    loss, metrics : callable, dict of str to callable
+        As for `fit`. Means over batches are weighed by the size of the batch.
+    batch_size : int
+        Samples per forward pass. On a CPU a few hundred are faster than thousands.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    ValueError
+        If the data are empty, or model, data and loss do not fit together.
+    TypeError
+        If `data` is of a wrong kind.
+    """
+    if isinstance(data, Splits):
+        raise TypeError("data holds several splits; give one of them, such as data.test")
+    source = _Source(data, model)
+    with _modes_restored(model):
+        metrics = _check(model, source, loss, metrics)
+        return _evaluate(model, source.batches(batch_size), loss, metrics)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One row of a `History`."""
+
+    number: int
+    learning_rate: float
+    running_loss: float
+    train: Evaluation
+    validation: Evaluation | None
+    seconds: float
+
+
+def _history(epochs: list[_Epoch], kept_epoch: int) -> History:
+    def column(part: str, name: str) -> np.ndarray:
+        return np.array([getattr(epoch, part).metrics[name] for epoch in epochs])
+
+    kept, has_validation = epochs[kept_epoch - 1], epochs[0].validation is not None
+    return History(
+        epoch=np.array([epoch.number for epoch in epochs]),
+        learning_rate=np.array([epoch.learning_rate for epoch in epochs]),
+        running_loss=np.array([epoch.running_loss for epoch in epochs]),
+        train_loss=np.array([epoch.train.loss for epoch in epochs]),
+        train_metrics={name: column("train", name) for name in kept.train.metrics},
+        validation_loss=(
+            np.array([epoch.validation.loss for epoch in epochs]) if has_validation else None
+        ),
+        validation_metrics=(
+            {name: column("validation", name) for name in kept.train.metrics}
+            if has_validation
+            else {}
+        ),
+        seconds=np.array([epoch.seconds for epoch in epochs]),
+        kept_epoch=kept_epoch,
+        train=kept.train,
+        validation=kept.validation,
+    )
+
+
+class _NotFinite(Exception):
+    """A loss that is not finite, and the batches among which it arose."""
+
+    def __init__(self, step: int, value: float, batches: Batches) -> None:
+        self.step, self.value, self.batches = step, value, batches
+
+
+def _train_epoch(
+    model: nn.Module, batches: Batches, loss: Loss, optimizer: torch.optim.Optimizer, bar: tqdm
+) -> float:
+    """One pass of optimizer steps; the mean of the batches' losses."""
+    model.train()
+    total, samples = 0.0, 0
+    for step, (inputs, targets) in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        batch_loss = loss(model(inputs), targets)
+        batch_loss.backward()
+        value = batch_loss.item()
+        if not math.isfinite(value):
+            raise _NotFinite(step, value, [(inputs, targets)])
+        optimizer.step()
+        total += value * len(targets)
+        samples += len(targets)
+        bar.update()
+    return total / samples
+
+
+def _evaluate(model: nn.Module, batches: Batches, loss: Loss, metrics: Metrics) -> Evaluation:
+    """One pass in evaluation mode; means weighed by batch size, summed in float64."""
+    model.eval()
+    values, sizes = [], []
+    with torch.no_grad():
+        for inputs, targets in batches:
+            outputs = model(inputs)
+            means = [measure(outputs, targets) for measure in (loss, *metrics.values())]
+            values.append(torch.stack([torch.as_tensor(mean).double().mean() for mean in means]))
+            sizes.append(len(targets))
+    weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    loss_mean, *metric_means = (weights @ torch.stack(values).cpu()).tolist()
+    return Evaluation(loss_mean, dict(zip(metrics, metric_means, strict=True)), sum(sizes))
+
+
+def _diverged(
+    model: nn.Module, recipe: Recipe, epoch: int, problem: _NotFinite, history: History | None
+) -> Diverged:
+    where = f"step {problem.step}" if problem.step else "the clean pass after the epoch"
+    layer, what = _first_not_finite(model, problem.batches)
+    message = (
+        f"The loss is {problem.value} in epoch {epoch}, {where}; first not finite: {what}. "
+        f"Try a smaller learning rate (now {recipe.learning_rate:g}), look for inputs or "
+        "operations without a finite value or gradient (log, sqrt or division at 0), and for "
+        "layers without normalisation."
+    )
+    return Diverged(epoch, problem.step, layer, message, history)
+
+
+def _first_not_finite(model: nn.Module, batches: Batches) -> tuple[str, str]:
+    """Name of the layer where values stop being finite, and a description.
+
+    A gradient that is not finite spoils the weights of its own and of all earlier layers: of the
+    spoilt layers the last is the one to name.
+    """
+    spoilt = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if spoilt:
+        layer = _layer_of(spoilt[-1].rpartition(".")[0])
+        return layer, f"the weights of layer {layer!r}, so the gradient of the step before"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            parts = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            if not all(part.isfinite().all() for part in parts if isinstance(part, Tensor)):
+                found.append(name)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_hook(watch(_layer_of(name))).remove)
+        for inputs, _ in batches:
+            if not inputs.isfinite().all():
+                return "inputs", "the inputs"
+            model(inputs)
+            if found:
+                return found[0], f"the output of layer {found[0]!r}"
+    return "loss", "the loss itself, from finite outputs"
+
+
+def _layer_of(module_name: str) -> str:
+    """The layer that a quantizer inside it belongs to."""
+    return module_name.partition(".parametrizations")[0]
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """A pair of tensors, in batches."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batches(
+        self,
+        batch_size: int,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        augmentation: str = "none",
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        order = (
+            torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
+        )
+        for indices in order.split(batch_size):
+            yield self.inputs[indices], self.targets[indices]
+
+
+class _Source:
+    """Batches of any kind of data, on the model's device and in its memory format."""
+
+    def __init__(self, data: Any, model: nn.Module) -> None:
+        self.device = _device(model)
+        self.image_format = _image_format(model)
+        self.has_batch_norm = any(isinstance(module, _BATCH_NORM) for module in model.modules())
+        if isinstance(data, Dataset):
+            data = data.to(self.device)
+        elif isinstance(data, tuple) and _is_pair(data):
+            data = _Tensors(*(part.to(self.device) for part in data))
+        elif not isinstance(data, Iterable) or isinstance(data, Iterator | Tensor):
+            raise TypeError(
+                "data must be Splits, a Dataset, a pair of tensors (inputs, targets), or an "
+                "iterable of such pairs that can be gone through again, such as a DataLoader; "
+                f"got {type(data).__name__}"
+            )
+        self.data = data
+
+    @property
+    def targets(self) -> Tensor | None:
+        """All targets, where they lie in one tensor."""
+        return self.data.targets if isinstance(self.data, Dataset | _Tensors) else None
+
+    def steps(self, batch_size: int) -> int | None:
+        """Batches per pass, where known."""
+        if self.targets is not None:
+            return math.ceil(len(self.targets) / batch_size)
+        return len(self.data) if hasattr(self.data, "__len__") else None
+
+    def batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """The clean pass."""
+        return self._placed(self.data if self.targets is None else self.data.batches(batch_size))
+
+    def shuffled(
+        self, recipe: Recipe, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one training epoch."""
+        batches = self.data
+        if self.targets is not None:
+            batches = self.data.batches(
+                recipe.batch_size,
+                shuffle=True,
+                generator=generator,
+                augmentation=recipe.augmentation,
+            )
+        full = 0
+        for inputs, targets in self._placed(batches):
+            full = full or len(targets)
+            if len(targets) == 1 < full and self.has_batch_norm:
+                continue
+            yield inputs, targets
+
+    def _placed(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            if not _is_pair(batch):
+                raise TypeError(f"a batch must be a pair of tensors, got {type(batch).__name__}")
+            inputs, targets = batch
+            image_format = self.image_format if inputs.dim() == 4 else torch.preserve_format
+            yield (
+                inputs.to(self.device, non_blocking=True, memory_format=image_format),
+                targets.to(self.device, non_blocking=True),
+            )
+
+
+def _is_pair(batch: Any) -> bool:
+    is_sequence = isinstance(batch, tuple | list) and len(batch) == 2
+    return is_sequence and all(isinstance(part, Tensor) for part in batch)
+
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_CLASS_LOSSES = (cross_entropy, nll_loss)
+_ELEMENTWISE_LOSSES = (mse_loss, l1_loss, smooth_l1_loss, huber_loss)
+_IGNORE_INDEX = -100
+
+
+def _check(model: nn.Module, source: _Source, loss: Loss, metrics: Metrics | None) -> Metrics:
+    """Try a forward pass of two samples; the metrics to use."""
+    inputs, targets = next(source.batches(), (None, None))
+    if targets is None or len(targets) == 0:
+        raise ValueError("data is empty: there is no batch to go through")
+    if len(inputs) != len(targets):
+        raise ValueError(f"data has {len(inputs)} inputs for {len(targets)} targets")
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(inputs[:2])
+    except RuntimeError as error:
+        shape = tuple(inputs.shape)
+        raise ValueError(f"the model does not take inputs of shape {shape}: {error}") from error
+    shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets[:2].shape)} {targets.dtype}"
+    if loss in _ELEMENTWISE_LOSSES and (
+        outputs.shape != targets[:2].shape or outputs.dtype != targets.dtype
+    ):
+        raise ValueError(
+            f"{loss.__name__} needs outputs and targets of one shape and type: {shapes}"
+        )
+    is_classes = not (targets.is_floating_point() or targets.is_complex())
+    if loss in _CLASS_LOSSES and is_classes:
+        _check_labels(targets if source.targets is None else source.targets, outputs.shape[1])
+    try:
+        value = loss(outputs, targets[:2])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the loss does not take {shapes}: {error}") from error
+    if value.numel() != 1:
+        raise ValueError(f"loss must return one number per batch, got shape {tuple(value.shape)}")
+    if metrics is None:
+        return {"accuracy": accuracy} if is_classes and outputs.dim() > 1 else {}
+    return dict(metrics)
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    labels = labels[labels != _IGNORE_INDEX]
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        raise ValueError(
+            f"the model has {classes} outputs, so labels must lie in 0..{classes - 1}; "
+            f"got {labels.min().item()}..{labels.max().item()}"
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("model has no parameters")
+    return parameter.device
+
+
+def _image_format(model: nn.Module) -> torch.memory_format:
+    """Channels last for convolutions on a CPU, where it can halve the time of a step."""
+    has_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if has_images and _device(model).type == "cpu":
+        return torch.channels_last
+    return torch.preserve_format
+
+
+@contextmanager
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Hold kernels in the model's image format inside the block, and as they were after it."""
+    kernels = [p for p in model.parameters() if p.dim() == 4 and p.is_contiguous()]
+    image_format = _image_format(model)
+    for kernel in kernels:
+        kernel.data = kernel.data.to(memory_format=image_format)
+    try:
+        yield
+    finally:
+        for kernel in kernels:
+            kernel.data = kernel.data.contiguous()
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _bar(recipe: Recipe, training: _Source, progress: bool | None) -> tqdm:
+    """A bar over all steps; tqdm hides it by itself where there is no terminal."""
+    steps = training.steps(recipe.batch_size)
+    return tqdm(
+        total=steps and steps * recipe.epochs,
+        disable=None if progress is None else not progress,
+        unit="step",
+    )
