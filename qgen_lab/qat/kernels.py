@@ -1,0 +1,173 @@
+"""LSQ's arithmetic on the CPU: one pass over the weights per direction, into memory that is kept.
+
+A quantizer is bound by memory traffic, and a fresh large array costs ten times its arithmetic in
+page faults. So each direction is one compiled loop that writes into arrays used again.
+"""
+
+import weakref
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+# Sums may be reordered, so that they vectorise; nothing else is relaxed.
+_compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+
+
+class Pool:
+    """Arrays for the results of one layer, each handed out again once nothing refers to it.
+
+    A tensor made by `empty_like` holds its array for as long as anything, a saved graph included,
+    needs its storage. Only then does the array return, so no live value is ever overwritten.
+    """
+
+    kept = 4  # arrays that wait unused at most; one training step needs two
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """Return an uninitialised float32 tensor with the shape and strides of a dense `tensor`."""
+        memory = self._free.pop() if self._free else None
+        if memory is None or memory.size != tensor.numel():
+            memory = torch.empty(tensor.numel()).numpy()  # torch aligns it for vector loads
+        strides = [stride * memory.itemsize for stride in tensor.stride()]
+        loan = np.ndarray(tuple(tensor.shape), memory.dtype, memory, strides=strides)
+        weakref.finalize(loan, self._take_back, memory).atexit = False
+        return torch.from_numpy(loan)
+
+    def _take_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < self.kept:
+            self._free.append(memory)
+
+    def __reduce__(self):
+        return Pool, ()  # a copy starts with no memory of its own
+
+
+def supported(weight: Tensor) -> bool:
+    """Whether the loops can read `weight`: plain, dense, float32, on the CPU, not being traced."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and _memory_format(weight) is not None
+        and not being_transformed()
+    )
+
+
+def being_transformed() -> bool:
+    """Whether a transform of `torch.func`, or the compiler, is tracing the operations."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+
+
+def quantize(weight: Tensor, step: Tensor, bits: int, pool: Pool) -> Tensor:
+    """Return `step * round(clip(weight / step))`, for one bit `step * sign(weight)`.
+
+    Parameters
+    ----------
+    weight : Tensor
+        What `supported` accepts, output channels first.
+    step : Tensor
+        Shape `()`, or `(channels,)` for one step per channel.
+    bits : int
+        Codes run from `-2**(bits - 1)` to `2**(bits - 1) - 1`; one bit has the codes -1 and 1.
+    pool : Pool
+        Where the memory of the result comes from.
+    """
+    result = pool.empty_like(weight)
+    loop = _sign if bits == 1 else _round
+    loop(_rows(weight, step), _vector(step), bits, _rows(result, step))
+    return result
+
+
+def gradients(
+    weight: Tensor, step: Tensor, bits: int, grad: Tensor, pool: Pool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients to the weights and, without its gradient scale, to the step.
+
+    Parameters
+    ----------
+    weight, step, bits, pool
+        As for `quantize`.
+    grad : Tensor
+        Gradient to the quantized weights; never written to, since others may read it.
+    """
+    grad = grad.contiguous(memory_format=_memory_format(weight))
+    grad_step = torch.empty_like(step)
+    rows = _rows(weight, step), _vector(step), _rows(grad, step)
+    if bits == 1:
+        _sign_gradient(*rows, _vector(grad_step))
+        return grad, grad_step
+    grad_weight = pool.empty_like(weight)
+    _round_gradients(*rows, bits, _rows(grad_weight, step), _vector(grad_step))
+    return grad_weight, grad_step
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format | None:
+    """Return the format in which `tensor` fills its memory without gaps, output channels first."""
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dim and tensor.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return None
+
+
+def _rows(tensor: Tensor, step: Tensor) -> np.ndarray:
+    """View a dense tensor's memory as one row per step."""
+    columns = tensor.numel() // step.numel()
+    return tensor.detach().as_strided((step.numel(), columns), (columns, 1)).numpy()
+
+
+def _vector(step: Tensor) -> np.ndarray:
+    return step.detach().view(-1).numpy()
+
+
+# Loops over `range(row.size)` of a row vectorise; loops over a 2-D index do not.
+
+
+@_compiled
+def _round(weight, step, bits, result):
+    low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
+    for row in range(step.size):
+        w, s, out = weight[row], step[row], result[row]
+        for i in range(w.size):
+            v = w[i] / s
+            v = low if v < low else (high if v > high else v)  # not-a-number passes through
+            out[i] = np.rint(v) * s
+
+
+@_compiled
+def _round_gradients(weight, step, grad, bits, grad_weight, grad_step):
+    low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
+    zero = np.float32(0)
+    for row in range(step.size):
+        w, s, g, out = weight[row], step[row], grad[row], grad_weight[row]
+        total = 0.0
+        for i in range(w.size):
+            v = w[i] / s
+            inside = (v > low) & (v < high)
+            clipped = low if v < low else (high if v > high else v)
+            r = np.rint(clipped)
+            out[i] = g[i] if inside else zero
+            total += np.float64(g[i] * (r - v if inside else r))
+        grad_step[row] = total
+
+
+@_compiled
+def _sign(weight, step, bits, result):
+    for row in range(step.size):
+        w, s, out = weight[row], step[row], result[row]
+        for i in range(w.size):
+            out[i] = s if w[i] >= 0 else (-s if w[i] < 0 else w[i])
+
+
+@_compiled
+def _sign_gradient(weight, step, grad, grad_step):
+    for row in range(step.size):
+        w, g = weight[row], grad[row]
+        total = 0.0
+        for i in range(w.size):
+            total += np.float64(g[i] if w[i] >= 0 else -g[i])
+        grad_step[row] = total
