@@ -143,8 +143,9 @@ for (const figure of document.querySelectorAll('[data-lines="%s"]')) {
 
 _CSS = """
 .qgen-lines { margin: 0; max-width: 36rem; color: inherit; }
-.qgen-lines label { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr 4.5rem;
-  gap: .75rem; align-items: center; margin: .15rem 0; }
+.qgen-lines .qgen-sliders { display: grid; column-gap: .75rem; align-items: center;
+  grid-template-columns: fit-content(45%) 1fr minmax(3rem, max-content); }
+.qgen-lines label { display: contents; }
 .qgen-lines input { width: 100%; min-width: 0; height: 1.6rem; accent-color: #478CFE; }
 .qgen-lines output { font-variant-numeric: tabular-nums; }
 .qgen-lines svg { overflow: visible; }
@@ -196,10 +197,12 @@ class _Axis:
 
     @property
     def ticks(self):
-        locator = LogLocator(numticks=6) if self.log else MaxNLocator(5)
+        few_decades = self.log and self.high < 300 * self.low
+        locator = (
+            LogLocator(subs=(1, 2, 5) if few_decades else (1,)) if self.log else MaxNLocator(5)
+        )
         ticks = locator.tick_values(self.low, self.high)
-        inside = [t for t in ticks if -0.5 <= self(t) <= self.size + 0.5]
-        return inside if len(inside) > 1 else [self.low, self.high]
+        return [t for t in ticks if -0.5 <= self(t) <= self.size + 0.5] or [self.low, self.high]
 
 
 def _frame(xaxis: _Axis, yaxis: _Axis, xlabel: str, ylabel: str) -> str:
@@ -332,7 +335,9 @@ def interactive_lines(
     shown = [_rounded(values[tuple(first.values())]) for values in curves.values()]
     return HTML(
         f'<figure class="qgen-lines" data-lines="{key}"><style>{_CSS}</style>'
+        + '<div class="qgen-sliders">'
         + "".join(_slider(name, values, first[name]) for name, values in sliders.items())
+        + "</div>"
         + f'<svg viewBox="-58 -32 {_SIZE[0] + 70} {_SIZE[1] + 80}" font-size="14" '
         f'fill="currentColor" role="img" aria-label="{escape(ylabel)} against {escape(xlabel)}">'
         + _frame(xaxis, yaxis, xlabel, ylabel)
