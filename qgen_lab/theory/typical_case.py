@@ -1,0 +1,377 @@
+"""Typical-case theory of a linear student whose weights lie on a codebook.
+
+Teacher and student are linear, the inputs Gaussian, the student's weights drawn from the Gibbs
+measure `exp(-H / temperature)` on a codebook, with
+`H(w) = |y - X w|^2 / 2 + ridge |w|^2 / 2`. Replica-symmetric equations; our own derivation, in the
+book's chapter "Typical case". Every convention that the literature may set otherwise is an argument.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from qgen_lab.codebooks import Codebook
+from qgen_lab.theory.saddle_point import SaddlePoint, cooled, ground_state, heated
+from qgen_lab.theory.scalar_channel import ground_averages
+
+
+@dataclass(frozen=True)
+class TeacherStudent:
+    """A linear teacher, and a linear student with weights on a codebook.
+
+    `X` is M x N with independent N(0, 1/N) entries and M = alpha N; the teacher's weights are
+    N(0, signal_variance); `y = X teacher + noise`.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        The levels that the student's weights may take.
+    alpha : float
+        Training samples per weight, above 0.
+    noise_variance : float
+        Variance of the label noise, at least 0.
+    ridge : float
+        Strength of the penalty `ridge |w|^2 / 2`, at least 0.
+    temperature : float
+        Temperature of the Gibbs measure, at least 0; 0 is the ground state.
+    signal_variance : float
+        Variance of the teacher's weights, above 0.
+
+    Raises
+    ------
+    TypeError
+        If `codebook` is not a `Codebook`, or a number is not a real number.
+    ValueError
+        If a number is outside its range or not finite.
+    """
+
+    codebook: Codebook
+    alpha: float
+    noise_variance: float = 0.1
+    ridge: float = 0.0
+    temperature: float = 0.0
+    signal_variance: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.codebook, Codebook):
+            raise TypeError(
+                f"codebook is a {type(self.codebook).__name__}: give a Codebook, such as"
+                " uniform(bits, width)"
+            )
+        for name in ("alpha", "signal_variance"):
+            object.__setattr__(self, name, _number(name, getattr(self, name), positive=True))
+        for name in ("noise_variance", "ridge", "temperature"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+
+
+def _number(name: str, value: float, positive: bool = False) -> float:
+    """`value` as a float; raises unless it is finite and at least (`positive`: above) zero."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} = {value!r} is not a real number") from None
+    if not np.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} = {value!r}: give a finite number {'>' if positive else '>='} 0")
+    return number
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One draw of a problem: `X` (M, N), `y` (M,) and the teacher's weights (N,)."""
+
+    X: NDArray[np.float64]
+    y: NDArray[np.float64]
+    teacher: NDArray[np.float64]
+
+    def __repr__(self) -> str:
+        return f"Instance({self.X.shape[0]} samples, {self.X.shape[1]} weights)"
+
+
+def sample(problem: TeacherStudent, n: int, seed: int | np.random.Generator) -> Instance:
+    """Draw inputs, teacher and labels.
+
+    Parameters
+    ----------
+    problem : TeacherStudent
+        The problem; codebook, ridge and temperature play no part.
+    n : int
+        Number of weights N; the number of samples is `alpha * n`, rounded, at least 1.
+    seed : int or numpy.random.Generator
+        Seed, or a generator to draw from.
+
+    Raises
+    ------
+    ValueError
+        If `n` is not a positive whole number.
+    """
+    if n != int(n) or n < 1:
+        raise ValueError(f"n = {n!r}: give a whole number of weights, at least 1")
+    n = int(n)
+    rng = np.random.default_rng(seed)
+    samples = max(round(problem.alpha * n), 1)
+    X = rng.standard_normal((samples, n)) / np.sqrt(n)
+    teacher = rng.normal(0.0, np.sqrt(problem.signal_variance), n)
+    noise = rng.normal(0.0, np.sqrt(problem.noise_variance), samples)
+    return Instance(X, X @ teacher + noise, teacher)
+
+
+@dataclass(frozen=True)
+class RSSolution:
+    """Replica-symmetric order parameters and observables, all per weight unless said.
+
+    Numbers for one problem, arrays of shape (n,) for a sequence of n. `<.>` is the Gibbs mean.
+
+    Attributes
+    ----------
+    overlap : float or ndarray
+        `m = E[w0 <w>]`, with the teacher.
+    replica_overlap, self_overlap : float or ndarray
+        `q = E[<w>^2]` and `Q = E[<w^2>]`.
+    susceptibility : float or ndarray
+        `chi = (Q - q) / T`, its limit at T = 0; infinite in the interpolating phase.
+    gen_error, gen_error_mean : float or ndarray
+        `E|w - w0|^2` of a weight vector drawn from the Gibbs measure, and of the Gibbs mean.
+        Label noise is not included.
+    train_error : float or ndarray
+        `<|y - X w|^2>` per sample.
+    free_energy, entropy : float or ndarray
+        `f = e - T s` and `s` (in nats); `e` is the mean of H. A negative entropy says that
+        replica symmetry does not hold.
+    replicon : float or ndarray
+        Stability against replica symmetry breaking, stable if positive; minus infinity at T = 0.
+    phase : str or ndarray
+        "stable", "unstable" (replicon below 0) or "interpolating" (infinite susceptibility,
+        training error 0, the other figures in the limit of a vanishing ridge).
+    converged : bool or ndarray
+        Whether the residual is below 1e-9. If not, the figures are not a solution.
+    iterations : int or ndarray
+        Evaluations of the map that were made.
+    residual : float or ndarray
+        Largest relative change of `1 + chi` and of `rho + noise_variance - 2 m + q` in one
+        undamped pass of the map at the point returned.
+    """
+
+    overlap: float
+    replica_overlap: float
+    self_overlap: float
+    susceptibility: float
+    gen_error: float
+    gen_error_mean: float
+    train_error: float
+    free_energy: float
+    entropy: float
+    replicon: float
+    phase: str
+    converged: bool
+    iterations: int
+    residual: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a problem, one column a field."""
+        return pd.DataFrame({f.name: np.atleast_1d(getattr(self, f.name)) for f in fields(self)})
+
+    def __repr__(self) -> str:
+        if np.ndim(self.overlap):
+            done = int(np.sum(self.converged))
+            return f"RSSolution({len(self.overlap)} problems, {done} converged)"
+        return (
+            f"RSSolution(gen_error={self.gen_error:.6g}, train_error={self.train_error:.6g},"
+            f" susceptibility={self.susceptibility:.6g}, replicon={self.replicon:.6g},"
+            f" phase={self.phase!r}, converged={self.converged})"
+        )
+
+
+def solve_rs(
+    problem: TeacherStudent | Sequence[TeacherStudent],
+    branch: str | None = None,
+    max_iterations: int = 2000,
+) -> RSSolution:
+    """Solve the replica-symmetric equations.
+
+    Between the interpolation threshold and a spinodal above it the equations have several
+    solutions at low temperature; `branch` says which one is meant.
+
+    Parameters
+    ----------
+    problem : TeacherStudent or sequence of TeacherStudent
+        One problem, or several.
+    branch : {None, "cooled", "heated"}
+        "cooled": reached by lowering the temperature slowly from a high one; needs a temperature
+        above 0, and is the default there. "heated": reached by raising the temperature from the
+        solution at 0, which is the default at 0. Where that branch ends below the
+        temperature asked for, the figures are NaN and `converged` is false.
+    max_iterations : int
+        Most evaluations of the map for one problem, at least 1.
+
+    Returns
+    -------
+    RSSolution
+        Of numbers for one problem, of arrays for a sequence.
+
+    Raises
+    ------
+    ValueError
+        If `branch` is unknown, or "cooled" at temperature 0; if `max_iterations` is below 1.
+    TypeError
+        If `problem` is neither a `TeacherStudent` nor a sequence of them.
+
+    Notes
+    -----
+    Equations {eq} of the chapter "Typical case". Averages over the field are closed forms in the
+    error function at temperature 0, and graded Gauss-Legendre quadrature above.
+    """
+    if branch not in (None, "cooled", "heated"):
+        raise ValueError(f"branch = {branch!r}: give 'cooled', 'heated' or None")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations = {max_iterations!r}: give at least 1")
+    if isinstance(problem, TeacherStudent):
+        return _observables(problem, _saddle_point(problem, branch, max_iterations))
+    problems = list(problem)
+    if not all(isinstance(each, TeacherStudent) for each in problems):
+        raise TypeError("problem: give a TeacherStudent or a sequence of them")
+    solutions = [solve_rs(each, branch, max_iterations) for each in problems]
+    return RSSolution(
+        **{f.name: np.array([getattr(s, f.name) for s in solutions]) for f in fields(RSSolution)}
+    )
+
+
+def _saddle_point(
+    problem: TeacherStudent, branch: str | None, max_iterations: int
+) -> SaddlePoint | None:
+    if problem.temperature == 0:
+        if branch == "cooled":
+            raise ValueError(
+                "branch = 'cooled' needs a temperature above 0: give a small one, or"
+                " branch = 'heated' for the solution at 0"
+            )
+        return ground_state(problem, max_iterations)
+    return (heated if branch == "heated" else cooled)(problem, max_iterations)
+
+
+def _observables(problem: TeacherStudent, point: SaddlePoint | None) -> RSSolution:
+    if point is None:
+        figures = {f.name: np.nan for f in fields(RSSolution)}
+        return RSSolution(**figures | {"phase": "none", "converged": False, "iterations": 0})
+    alpha, rho, temperature = problem.alpha, problem.signal_variance, problem.temperature
+    interpolates = point.stiffness == 0
+    chi = np.inf if interpolates else point.slope / point.stiffness
+    damping = 0.0 if interpolates else point.stiffness / (point.stiffness + point.slope)
+    overlap = rho * point.slope
+    train_error = alpha * point.noise * damping**2 + temperature * (1 - damping)
+    entropy = point.entropy - alpha / 2 * (np.log1p(chi) - (1 - damping))
+    energy = alpha / 2 * train_error + problem.ridge / 2 * point.second_moment
+    replicon = 1 - point.squared_slope / alpha
+    return RSSolution(
+        overlap=overlap,
+        replica_overlap=point.mean_square,
+        self_overlap=point.second_moment,
+        susceptibility=chi,
+        gen_error=rho - 2 * overlap + point.second_moment,
+        gen_error_mean=rho - 2 * overlap + point.mean_square,
+        train_error=train_error,
+        free_energy=energy - temperature * entropy if temperature > 0 else energy,
+        entropy=entropy,
+        replicon=replicon,
+        phase="interpolating" if interpolates else "stable" if replicon >= 0 else "unstable",
+        converged=point.converged,
+        iterations=point.iterations,
+        residual=point.residual,
+    )
+
+
+@dataclass(frozen=True)
+class RidgeSolution:
+    """Ridge regression in the same model: fields as in `RSSolution`, at temperature 0."""
+
+    overlap: float
+    self_overlap: float
+    susceptibility: float
+    gen_error: float
+    train_error: float
+
+
+def ridge_solution(
+    alpha: float, noise_variance: float, ridge: float, signal_variance: float = 1.0
+) -> RidgeSolution:
+    """Unquantized ridge regression on the same data, in closed form.
+
+    What a codebook of many levels over a wide range comes to. Without a ridge and with fewer
+    samples than weights it is the solution of least norm, with an infinite susceptibility; at
+    `alpha = 1` without a ridge the error diverges.
+
+    Parameters
+    ----------
+    alpha, noise_variance, ridge, signal_variance : float
+        As in `TeacherStudent`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `TeacherStudent`.
+    """
+    alpha = _number("alpha", alpha, positive=True)
+    rho = _number("signal_variance", signal_variance, positive=True)
+    noise_variance = _number("noise_variance", noise_variance)
+    ridge = _number("ridge", ridge)
+    # slope = a / (a + ridge) and a = alpha - slope: a quadratic, written without cancellation.
+    root = np.sqrt((alpha - 1) ** 2 + 2 * ridge * (alpha + 1) + ridge**2)
+    slope = 2 * alpha / (1 + alpha + ridge + root)
+    excess = alpha - 1 - ridge
+    stiffness = (excess + root) / 2 if excess > 0 else 2 * alpha * ridge / (root - excess or 1.0)
+    distance = 1 - slope**2 / alpha
+    if distance <= 0:
+        return RidgeSolution(rho * slope, np.inf, np.inf, np.inf, 0.0)
+    effective = (noise_variance + (1 - slope) ** 2 * rho) / distance
+    mean_square = slope**2 * (rho + effective / alpha)
+    return RidgeSolution(
+        overlap=float(rho * slope),
+        self_overlap=float(mean_square),
+        susceptibility=float(slope / stiffness) if stiffness > 0 else np.inf,
+        gen_error=float(rho - 2 * rho * slope + mean_square),
+        train_error=float(effective * (stiffness / alpha) ** 2),
+    )
+
+
+def interpolation_threshold(
+    codebook: Codebook, noise_variance: float = 0.1, signal_variance: float = 1.0
+) -> float:
+    """Samples per weight below which the student fits noisy labels exactly, without a ridge.
+
+    Replica symmetry at temperature 0: the susceptibility diverges there. The equations
+    `alpha = slope` and `alpha v = noise_variance + rho - 2 rho slope + mean_square` become one
+    for the variance `rho + v` of the field.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        The student's levels.
+    noise_variance, signal_variance : float
+        As in `TeacherStudent`.
+
+    Returns
+    -------
+    float
+        alpha_c, below 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `TeacherStudent`.
+    """
+    problem = TeacherStudent(codebook, 1.0, noise_variance, signal_variance=signal_variance)
+    rho = problem.signal_variance
+
+    def excess(log_v: float) -> float:
+        v = np.exp(log_v)
+        slope, mean_square = ground_averages(codebook, 1.0, rho + v)
+        return problem.noise_variance + rho - 2 * rho * slope + mean_square - slope * v
+
+    lower = upper = np.log(rho) - 40.0  # hardly any noise: alpha is far above the threshold
+    while excess(upper) > 0:
+        lower, upper = upper, upper + 1.0
+    root = brentq(excess, lower, upper, xtol=1e-15, rtol=1e-15)
+    return float(ground_averages(codebook, 1.0, rho + np.exp(root))[0])
