@@ -8,6 +8,7 @@ once: two threads that wait for a busy core can be ten times slower than one. `f
 thread count, and every other global setting, as it finds it.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +31,7 @@ from torch.nn.functional import (
 )
 from tqdm import tqdm
 
-from qgen_lab.data import Dataset, Splits
+from qgen_lab.data import Dataset, Splits, augmentations
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.quantizers import parameter_groups
 
@@ -118,24 +119,31 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         steps = self.milestones
-        counts = (self.epochs, self.batch_size, *steps)
-        whole = all(isinstance(count, Integral) and count >= 1 for count in counts)
-        rules = [
-            ("epochs, batch_size and milestones", whole, "positive integers"),
-            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {sorted(_OPTIMIZERS)}"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "zero or positive"),
-            ("schedule", self.schedule in _SCHEDULES, f"one of {sorted(_SCHEDULES)}"),
-            ("milestones", list(steps) == sorted(set(steps)), "ascending"),
-            ("milestones", bool(steps) or self.schedule != "multi-step", "given for multi-step"),
-            ("gamma", 0 < self.gamma < math.inf, "positive"),
-            ("stop_at_loss", self.stop_at_loss is None or self.stop_at_loss > 0, "positive"),
-            ("keep", self.keep in _KEEP, f"one of {_KEEP}"),
-        ]
-        for name, holds, allowed in rules:
+        ascending = all(map(_is_count, steps)) and list(steps) == sorted(set(steps))
+        rules = {
+            "epochs": (_is_count(self.epochs), "a positive integer"),
+            "batch_size": (_is_count(self.batch_size), "a positive integer"),
+            "optimizer": (self.optimizer in _OPTIMIZERS, f"one of {sorted(_OPTIMIZERS)}"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "positive"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "zero or positive"),
+            "schedule": (self.schedule in _SCHEDULES, f"one of {sorted(_SCHEDULES)}"),
+            "milestones": (
+                ascending and (steps or self.schedule != "multi-step"),
+                "ascending positive integers, at least one for the schedule 'multi-step'",
+            ),
+            "gamma": (0 < self.gamma < math.inf, "positive"),
+            "augmentation": (self.augmentation in augmentations, f"one of {sorted(augmentations)}"),
+            "keep": (self.keep in _KEEP, f"one of {_KEEP}"),
+            "stop_at_loss": (self.stop_at_loss is None or self.stop_at_loss > 0, "positive"),
+        }
+        for name, (holds, allowed) in rules.items():
             if not holds:
-                raise ValueError(f"Recipe: {name} must be {allowed}, got {self}")
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 recipes: dict[str, Recipe] = {
@@ -327,8 +335,11 @@ def fit(
     Notes
     -----
     The pass over a set weighs each batch by its size, so the mean is exact for losses that are
-    means over samples, whatever the sizes. A training batch of a single sample left over at the
-    end of an epoch is skipped: batch norm cannot normalise it.
+    means over samples, whatever the sizes. Where a single sample is left over as the last training
+    batch of an epoch, it is skipped if the model has batch norm, which cannot normalise it.
+
+    On a CPU, models with convolutions are trained with channels last, which can halve the time of
+    a step; outside the passes over the data the kernels have the layout they came with.
 
     Examples
     --------
@@ -345,15 +356,13 @@ def fit(
         model.to(device)
     splits = (data.train, data.validation) if isinstance(data, Splits) else (data, None)
     training, validation = (_Source(part, model) if part is not None else None for part in splits)
-
     if recipe.augmentation != "none" and not isinstance(training.data, Dataset):
         raise ValueError(
-            f"recipe.augmentation {recipe.augmentation!r} needs data in a Dataset; set it to 'none' "
-            "and augment in the iterable instead"
+            f"recipe.augmentation {recipe.augmentation!r} needs data in a Dataset; "
+            "set it to 'none' and augment in the iterable instead"
         )
     with ExitStack() as stack:
         stack.enter_context(seeded(seed, _device(model)))
-        stack.enter_context(_channels_last(model))
         metrics = _check(model, training, loss, metrics)
         bar = stack.enter_context(_bar(recipe, training, progress))
         optimizer = _OPTIMIZERS[recipe.optimizer](
@@ -362,36 +371,34 @@ def fit(
         schedule = _SCHEDULES[recipe.schedule](optimizer, recipe)
         generator = torch.Generator().manual_seed(seed)
         epochs: list[_Epoch] = []
-        kept_epoch, kept_weights = 0, {}
+        kept_epoch, kept_state = 0, {}
         for number in range(1, recipe.epochs + 1):
             start, rate = time.perf_counter(), schedule.get_last_lr()[0]
             try:
                 batches = training.shuffled(recipe, generator)
-                running_loss = _train_epoch(model, batches, loss, optimizer, bar)
-                train = _evaluate(model, training.batches(), loss, metrics)
+                with _channels_last(model):
+                    running_loss = _train_epoch(model, batches, loss, optimizer, bar)
+                    train = _evaluate(model, training.batches(), loss, metrics)
+                    valid = validation and _evaluate(model, validation.batches(), loss, metrics)
                 if not math.isfinite(train.loss):
                     raise _NotFinite(0, train.loss, training.batches())
             except _NotFinite as problem:
                 history = _history(epochs, kept_epoch) if epochs else None
                 raise _diverged(model, recipe, number, problem, history) from None
-            valid = None
-            if validation is not None:
-                valid = _evaluate(model, validation.batches(), loss, metrics)
             schedule.step()
             if recipe.keep == "last":
                 kept_epoch = number
             elif not epochs or train.loss < epochs[kept_epoch - 1].train.loss:
-                kept_epoch, kept_weights = number, _copy(model)
+                kept_epoch, kept_state = number, copy.deepcopy(model.state_dict())
             seconds = time.perf_counter() - start
             epochs.append(_Epoch(number, rate, running_loss, train, valid, seconds))
             bar.set_description(f"epoch {number}/{recipe.epochs}, loss {train.loss:.3g}")
             if on_epoch is not None:
-                model.eval()
                 on_epoch(number, model)
             if recipe.stop_at_loss is not None and train.loss <= recipe.stop_at_loss:
                 break
         if kept_epoch < len(epochs):
-            model.load_state_dict(kept_weights)
+            model.load_state_dict(kept_state)
     model.eval()
     return _history(epochs, kept_epoch)
 
@@ -430,7 +437,7 @@ def evaluate(
     if isinstance(data, Splits):
         raise TypeError("data holds several splits; give one of them, such as data.test")
     source = _Source(data, model)
-    with _modes_restored(model):
+    with _modes_restored(model), seeded(0, source.device):
         metrics = _check(model, source, loss, metrics)
         return _evaluate(model, source.batches(batch_size), loss, metrics)
 
@@ -660,6 +667,7 @@ _ELEMENTWISE_LOSSES = (mse_loss, l1_loss, smooth_l1_loss, huber_loss)
 _IGNORE_INDEX = -100
 
 
+@torch.no_grad()
 def _check(model: nn.Module, source: _Source, loss: Loss, metrics: Metrics | None) -> Metrics:
     """Try a forward pass of two samples; the metrics to use."""
     inputs, targets = next(source.batches(), (None, None))
@@ -669,15 +677,13 @@ def _check(model: nn.Module, source: _Source, loss: Loss, metrics: Metrics | Non
         raise ValueError(f"data has {len(inputs)} inputs for {len(targets)} targets")
     model.eval()
     try:
-        with torch.no_grad():
-            outputs = model(inputs[:2])
+        outputs = model(inputs[:2])
     except RuntimeError as error:
         shape = tuple(inputs.shape)
         raise ValueError(f"the model does not take inputs of shape {shape}: {error}") from error
     shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets[:2].shape)} {targets.dtype}"
-    if loss in _ELEMENTWISE_LOSSES and (
-        outputs.shape != targets[:2].shape or outputs.dtype != targets.dtype
-    ):
+    alike = outputs.shape == targets[:2].shape and outputs.dtype == targets.dtype
+    if loss in _ELEMENTWISE_LOSSES and not alike:
         raise ValueError(
             f"{loss.__name__} needs outputs and targets of one shape and type: {shapes}"
         )
@@ -741,10 +747,6 @@ def _modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def _bar(recipe: Recipe, training: _Source, progress: bool | None) -> tqdm:
