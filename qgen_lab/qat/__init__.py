@@ -13,20 +13,38 @@ from qgen_lab.qat.quantizers import (
     quantize_weights,
     step_sizes,
 )
+from qgen_lab.qat.training import (
+    Diverged,
+    Evaluation,
+    History,
+    Recipe,
+    accuracy,
+    evaluate,
+    fit,
+    recipes,
+)
 
 __all__ = [
     "LSQ",
     "MODELS",
+    "Diverged",
+    "Evaluation",
     "FixedCodebook",
+    "History",
     "Quantizer",
+    "Recipe",
+    "accuracy",
     "bake",
     "bits_per_layer",
     "build_model",
     "codes",
+    "evaluate",
+    "fit",
     "mlp",
     "nin",
     "parameter_groups",
     "quantization_noise",
     "quantize_weights",
+    "recipes",
     "step_sizes",
 ]
