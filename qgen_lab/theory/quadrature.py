@@ -35,9 +35,7 @@ def graded_panels(lower: float, upper: float, widest: float, centres, sizes) -> 
     return np.array(edges)
 
 
-def gaussian_rule(
-    deviation: float, centres: NDArray, sizes: NDArray
-) -> tuple[NDArray, NDArray]:
+def gaussian_rule(deviation: float, centres: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
     """Nodes and weights for averages over N(0, deviation^2), refined around `centres`.
 
     Parameters

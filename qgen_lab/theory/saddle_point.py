@@ -1,4 +1,4 @@
-"""Self-consistency: the stiffness and the noise that one weight sees, given that all weights see them.
+"""Self-consistency: the stiffness and noise that each weight sees, given that all others do.
 
 Two unknowns fix everything: the stiffness `a = alpha / (1 + susceptibility)` and the noise per
 weight `v = E / alpha` of its field. One pass of the replica-symmetric map takes
@@ -8,28 +8,18 @@ weight `v = E / alpha` of its field. One pass of the replica-symmetric map takes
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from qgen_lab.codebooks import Codebook
+from qgen_lab.theory.problem import TeacherStudent
+from qgen_lab.theory.ridge import ridge_solution
 from qgen_lab.theory.scalar_channel import ChannelAverages, ground_averages, thermal_averages
 
 _TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
 _LOG_TINY = -690.0  # exp of it is still a normal number
-
-
-class Problem(Protocol):
-    """What the solvers read of a `TeacherStudent`."""
-
-    codebook: Codebook
-    alpha: float
-    noise_variance: float
-    ridge: float
-    temperature: float
-    signal_variance: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ class _Budget:
         self.spent += 1
 
 
-def _noise(problem: Problem, slope: float, mean_square: float) -> float:
+def _noise(problem: TeacherStudent, slope: float, mean_square: float) -> float:
     """`v` after one pass of the map."""
     rho = problem.signal_variance
     squared_error = rho - 2 * rho * slope + mean_square
@@ -104,7 +94,7 @@ class _Ground:
     the limit of a vanishing ridge keeps `k` finite while the stiffness goes to zero.
     """
 
-    def __init__(self, problem: Problem, limit: int):
+    def __init__(self, problem: TeacherStudent, limit: int):
         self.problem = problem
         self.budget = _Budget(limit)
         self.vanishing_ridge = False
@@ -180,7 +170,7 @@ class _Ground:
         )
 
 
-def ground_state(problem: Problem, max_iterations: int) -> SaddlePoint:
+def ground_state(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
     """The saddle point at temperature zero.
 
     The root with a finite susceptibility where there is one. Else the limit of a vanishing
@@ -200,7 +190,7 @@ def ground_state(problem: Problem, max_iterations: int) -> SaddlePoint:
     return _innermost_levels(problem, ground.budget)
 
 
-def _innermost_levels(problem: Problem, budget: _Budget) -> SaddlePoint:
+def _innermost_levels(problem: TeacherStudent, budget: _Budget) -> SaddlePoint:
     """Infinite susceptibility on the two levels of least magnitude: `slope = alpha`.
 
     The temperature goes to zero with the stiffness, and only their ratio `k` matters.
@@ -256,9 +246,9 @@ def _innermost_levels(problem: Problem, budget: _Budget) -> SaddlePoint:
 
 
 class _Thermal:
-    """The equations above temperature zero in `point = (log a, log v)`, and ways to follow a root."""
+    """The equations above temperature zero, in `point = (log a, log v)`, and ways to a root."""
 
-    def __init__(self, problem: Problem, limit: int):
+    def __init__(self, problem: TeacherStudent, limit: int):
         self.problem = problem
         self.budget = _Budget(limit)
 
@@ -274,9 +264,9 @@ class _Thermal:
         )
 
     def defect(self, point: NDArray, temperature: float) -> tuple[NDArray, NDArray]:
-        """What one pass of the map changes: `log a` falls by the first, `log v` grows by the second.
+        """What one pass of the map changes, and the Jacobian of that in `point`.
 
-        Returns it and its Jacobian in `point`.
+        `log a` falls by the first entry, `log v` grows by the second.
         """
         self.budget.spend()
         problem, here = self.problem, self.averages(point, temperature)
@@ -299,31 +289,36 @@ class _Thermal:
 
     def newton(self, guess: NDArray, temperature: float) -> NDArray | None:
         """The root near the guess, or None if Newton's method does not find one close by."""
-        point, best, best_size = guess, None, np.inf
+        point = guess
         for _ in range(12):
             defect, jacobian = self.defect(point, temperature)
-            size = np.abs(defect).max()
-            if size >= best_size and best_size < _TOLERANCE:
-                break  # only rounding is left
             if not np.isfinite(jacobian).all() or np.linalg.det(jacobian) == 0:
                 return None
-            if size < best_size:
-                best, best_size = point, size
-            if size < 1e-14:
-                break
-            point = point - _clipped(np.linalg.solve(jacobian, defect))
-        close = np.abs(best - guess).max() < 0.5
-        return best if close and best_size < _TOLERANCE else None
+            point = point - np.linalg.solve(jacobian, defect)
+            if not np.abs(point - guess).max() < 0.5:
+                return None
+            if np.abs(defect).max() < 1e-7:  # the last step has left rounding
+                return point
+        return None
 
     def flow(self, point: NDArray, temperature: float) -> NDArray:
-        """Where the damped map goes from `point`."""
+        """Where the damped map goes from `point`, in longer strides while it goes straight on.
+
+        Just past the end of a root the map lingers where the root was; hence the strides.
+        """
+        stride, before, near = 0.5, np.zeros(2), 0.02
         while True:
             defect, _ = self.defect(point, temperature)
-            if np.abs(defect).max() < 0.02:
+            size = np.abs(defect).max()
+            if size < near:
                 found = self.newton(point, temperature)
                 if found is not None:
                     return found
-            point = point + 0.5 * defect * [-1, 1]
+            near = min(near, size / 2) if size < 0.02 else 0.02
+            step = defect * [-1, 1]
+            straight = step @ before > 0.9 * np.linalg.norm(step) * np.linalg.norm(before)
+            stride = min(1.5 * stride, 0.5 / size) if straight else 0.5
+            point, before = point + stride * step, step
 
     def follow(self, point: NDArray, start: float, jump: bool) -> NDArray | None:
         """Carry a root from temperature `start` to the problem's; steps adapt to what it does.
@@ -345,8 +340,9 @@ class _Thermal:
                 if not jump:
                     return None
                 found = self.flow(point, temperature)
-            velocity = (found - point) / (there - here)
-            if np.abs(found - guess).max() < 0.1:
+            jumped = np.abs(found - guess).max() > 0.5
+            velocity = np.zeros(2) if jumped else (found - point) / (there - here)
+            if jumped or np.abs(found - guess).max() < 0.1:
                 step *= 1.5
             point, here = found, there
         return point
@@ -370,17 +366,21 @@ class _Thermal:
         )
 
 
-def _clipped(step: NDArray) -> NDArray:
-    return step / max(1.0, np.abs(step).max())
+def _hot_guess(problem: TeacherStudent, temperature: float) -> NDArray:
+    """Ridge regression whose Gaussian prior has, at this temperature, the codebook's spread."""
+    prior = problem.ridge + temperature / np.square(problem.codebook.levels).mean()
+    ridge = ridge_solution(problem.alpha, problem.noise_variance, prior, problem.signal_variance)
+    slope = ridge.overlap / problem.signal_variance
+    noise = ridge.self_overlap / slope**2 - problem.signal_variance
+    return np.log([slope / ridge.susceptibility, max(noise, np.exp(_LOG_TINY))])
 
 
-def cooled(problem: Problem, max_iterations: int) -> SaddlePoint:
+def cooled(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
     """The saddle point reached by cooling slowly from a high temperature, where it is unique."""
     thermal = _Thermal(problem, max_iterations)
-    levels = problem.codebook.levels
-    hot = max(problem.temperature, (levels[-1] - levels[0]) ** 2)  # susceptibility below 1/4
-    largest = problem.noise_variance + problem.signal_variance + np.square(levels).max()
-    point = np.log([problem.alpha, largest / problem.alpha])
+    # So hot that the weights do not feel that the levels are discrete.
+    hot = max(problem.temperature, 4 * problem.alpha * problem.codebook.spacing.max() ** 2)
+    point = _hot_guess(problem, hot)
     try:
         point = thermal.flow(point, hot)
         point = thermal.follow(point, hot, jump=True)
@@ -389,7 +389,7 @@ def cooled(problem: Problem, max_iterations: int) -> SaddlePoint:
     return thermal.saddle_point(point)
 
 
-def heated(problem: Problem, max_iterations: int) -> SaddlePoint | None:
+def heated(problem: TeacherStudent, max_iterations: int) -> SaddlePoint | None:
     """The saddle point reached by heating that of temperature zero.
 
     None if that has an infinite susceptibility, or if the root ends before the temperature.

@@ -14,7 +14,7 @@ from qgen_lab.codebooks import Codebook
 from qgen_lab.theory.quadrature import gaussian_rule
 
 _NEGLIGIBLE = 45.0  # a level whose weight is exp(-45) of the largest is left out
-_CHUNK = 1 << 19  # node-level pairs worked on at once
+_CHUNK = 1 << 14  # node-level pairs worked on at once: what a cache holds
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Typical-case theory of a linear student whose weights lie on a codebook.
 
-Teacher and student are linear, the inputs Gaussian, the student's weights drawn from the Gibbs
-measure `exp(-H / temperature)` on a codebook, with
-`H(w) = |y - X w|^2 / 2 + ridge |w|^2 / 2`. Replica-symmetric equations; our own derivation, in the
-book's chapter "Typical case". Every convention that the literature may set otherwise is an argument.
+The student's weights are drawn from the Gibbs measure `exp(-H / temperature)` on the codebook,
+with `H(w) = |y - X w|^2 / 2 + ridge |w|^2 / 2`. Replica-symmetric equations in our own derivation:
+the book's chapter "Typical case". Every convention that others may set differently is an argument.
 """
 
 from collections.abc import Sequence
@@ -11,112 +10,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from qgen_lab.codebooks import Codebook
+from qgen_lab.theory.problem import TeacherStudent
 from qgen_lab.theory.saddle_point import SaddlePoint, cooled, ground_state, heated
 from qgen_lab.theory.scalar_channel import ground_averages
-
-
-@dataclass(frozen=True)
-class TeacherStudent:
-    """A linear teacher, and a linear student with weights on a codebook.
-
-    `X` is M x N with independent N(0, 1/N) entries and M = alpha N; the teacher's weights are
-    N(0, signal_variance); `y = X teacher + noise`.
-
-    Parameters
-    ----------
-    codebook : Codebook
-        The levels that the student's weights may take.
-    alpha : float
-        Training samples per weight, above 0.
-    noise_variance : float
-        Variance of the label noise, at least 0.
-    ridge : float
-        Strength of the penalty `ridge |w|^2 / 2`, at least 0.
-    temperature : float
-        Temperature of the Gibbs measure, at least 0; 0 is the ground state.
-    signal_variance : float
-        Variance of the teacher's weights, above 0.
-
-    Raises
-    ------
-    TypeError
-        If `codebook` is not a `Codebook`, or a number is not a real number.
-    ValueError
-        If a number is outside its range or not finite.
-    """
-
-    codebook: Codebook
-    alpha: float
-    noise_variance: float = 0.1
-    ridge: float = 0.0
-    temperature: float = 0.0
-    signal_variance: float = 1.0
-
-    def __post_init__(self):
-        if not isinstance(self.codebook, Codebook):
-            raise TypeError(
-                f"codebook is a {type(self.codebook).__name__}: give a Codebook, such as"
-                " uniform(bits, width)"
-            )
-        for name in ("alpha", "signal_variance"):
-            object.__setattr__(self, name, _number(name, getattr(self, name), positive=True))
-        for name in ("noise_variance", "ridge", "temperature"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-
-
-def _number(name: str, value: float, positive: bool = False) -> float:
-    """`value` as a float; raises unless it is finite and at least (`positive`: above) zero."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} = {value!r} is not a real number") from None
-    if not np.isfinite(number) or number < 0 or (positive and number == 0):
-        raise ValueError(f"{name} = {value!r}: give a finite number {'>' if positive else '>='} 0")
-    return number
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One draw of a problem: `X` (M, N), `y` (M,) and the teacher's weights (N,)."""
-
-    X: NDArray[np.float64]
-    y: NDArray[np.float64]
-    teacher: NDArray[np.float64]
-
-    def __repr__(self) -> str:
-        return f"Instance({self.X.shape[0]} samples, {self.X.shape[1]} weights)"
-
-
-def sample(problem: TeacherStudent, n: int, seed: int | np.random.Generator) -> Instance:
-    """Draw inputs, teacher and labels.
-
-    Parameters
-    ----------
-    problem : TeacherStudent
-        The problem; codebook, ridge and temperature play no part.
-    n : int
-        Number of weights N; the number of samples is `alpha * n`, rounded, at least 1.
-    seed : int or numpy.random.Generator
-        Seed, or a generator to draw from.
-
-    Raises
-    ------
-    ValueError
-        If `n` is not a positive whole number.
-    """
-    if n != int(n) or n < 1:
-        raise ValueError(f"n = {n!r}: give a whole number of weights, at least 1")
-    n = int(n)
-    rng = np.random.default_rng(seed)
-    samples = max(round(problem.alpha * n), 1)
-    X = rng.standard_normal((samples, n)) / np.sqrt(n)
-    teacher = rng.normal(0.0, np.sqrt(problem.signal_variance), n)
-    noise = rng.normal(0.0, np.sqrt(problem.noise_variance), samples)
-    return Instance(X, X @ teacher + noise, teacher)
 
 
 @dataclass(frozen=True)
@@ -221,7 +120,7 @@ def solve_rs(
 
     Notes
     -----
-    Equations {eq} of the chapter "Typical case". Averages over the field are closed forms in the
+    Derived in the book's chapter "Typical case". Averages over the field are closed forms in the
     error function at temperature 0, and graded Gauss-Legendre quadrature above.
     """
     if branch not in (None, "cooled", "heated"):
@@ -280,59 +179,6 @@ def _observables(problem: TeacherStudent, point: SaddlePoint | None) -> RSSoluti
         converged=point.converged,
         iterations=point.iterations,
         residual=point.residual,
-    )
-
-
-@dataclass(frozen=True)
-class RidgeSolution:
-    """Ridge regression in the same model: fields as in `RSSolution`, at temperature 0."""
-
-    overlap: float
-    self_overlap: float
-    susceptibility: float
-    gen_error: float
-    train_error: float
-
-
-def ridge_solution(
-    alpha: float, noise_variance: float, ridge: float, signal_variance: float = 1.0
-) -> RidgeSolution:
-    """Unquantized ridge regression on the same data, in closed form.
-
-    What a codebook of many levels over a wide range comes to. Without a ridge and with fewer
-    samples than weights it is the solution of least norm, with an infinite susceptibility; at
-    `alpha = 1` without a ridge the error diverges.
-
-    Parameters
-    ----------
-    alpha, noise_variance, ridge, signal_variance : float
-        As in `TeacherStudent`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `TeacherStudent`.
-    """
-    alpha = _number("alpha", alpha, positive=True)
-    rho = _number("signal_variance", signal_variance, positive=True)
-    noise_variance = _number("noise_variance", noise_variance)
-    ridge = _number("ridge", ridge)
-    # slope = a / (a + ridge) and a = alpha - slope: a quadratic, written without cancellation.
-    root = np.sqrt((alpha - 1) ** 2 + 2 * ridge * (alpha + 1) + ridge**2)
-    slope = 2 * alpha / (1 + alpha + ridge + root)
-    excess = alpha - 1 - ridge
-    stiffness = (excess + root) / 2 if excess > 0 else 2 * alpha * ridge / (root - excess or 1.0)
-    distance = 1 - slope**2 / alpha
-    if distance <= 0:
-        return RidgeSolution(rho * slope, np.inf, np.inf, np.inf, 0.0)
-    effective = (noise_variance + (1 - slope) ** 2 * rho) / distance
-    mean_square = slope**2 * (rho + effective / alpha)
-    return RidgeSolution(
-        overlap=float(rho * slope),
-        self_overlap=float(mean_square),
-        susceptibility=float(slope / stiffness) if stiffness > 0 else np.inf,
-        gen_error=float(rho - 2 * rho * slope + mean_square),
-        train_error=float(effective * (stiffness / alpha) ** 2),
     )
 
 
