@@ -77,14 +77,14 @@ def quantize(weight: Tensor, step: Tensor, bits: int, pool: Pool) -> Tensor:
     """
     result = pool.empty_like(weight)
     loop = _sign if bits == 1 else _round
-    loop(_rows(weight, step), _vector(step), bits, _rows(result, step))
+    loop(_flat(weight), _flat(step), bits, _flat(result))
     return result
 
 
 def gradients(
-    weight: Tensor, step: Tensor, bits: int, grad: Tensor, pool: Pool
+    weight: Tensor, step: Tensor, bits: int, grad: Tensor, scale: float, pool: Pool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients to the weights and, without its gradient scale, to the step.
+    """Return the gradients to the weights and to the step.
 
     Parameters
     ----------
@@ -92,15 +92,18 @@ def gradients(
         As for `quantize`.
     grad : Tensor
         Gradient to the quantized weights; never written to, since others may read it.
+    scale : float
+        Factor of the step's gradient.
     """
     grad = grad.contiguous(memory_format=_memory_format(weight))
     grad_step = torch.empty_like(step)
-    rows = _rows(weight, step), _vector(step), _rows(grad, step)
     if bits == 1:
-        _sign_gradient(*rows, _vector(grad_step))
+        _sign_gradient(_flat(weight), _flat(grad), scale, _flat(grad_step))
         return grad, grad_step
     grad_weight = pool.empty_like(weight)
-    _round_gradients(*rows, bits, _rows(grad_weight, step), _vector(grad_step))
+    _round_gradients(
+        _flat(weight), _flat(step), bits, _flat(grad), scale, _flat(grad_weight), _flat(grad_step)
+    )
     return grad_weight, grad_step
 
 
@@ -114,24 +117,21 @@ def _memory_format(tensor: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _rows(tensor: Tensor, step: Tensor) -> np.ndarray:
-    """View a dense tensor's memory as one row per step."""
-    columns = tensor.numel() // step.numel()
-    return tensor.detach().as_strided((step.numel(), columns), (columns, 1)).numpy()
+def _flat(tensor: Tensor) -> np.ndarray:
+    """View a dense tensor's memory as it lies."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
 
 
-def _vector(step: Tensor) -> np.ndarray:
-    return step.detach().view(-1).numpy()
-
-
-# Loops over `range(row.size)` of a row vectorise; loops over a 2-D index do not.
+# The loops below take memory as it lies: one run of weights per step, output channels first. Each
+# run is sliced before its loop, since loops over offsets into a longer array do not vectorise.
 
 
 @_compiled
 def _round(weight, step, bits, result):
     low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
-    for row in range(step.size):
-        w, s, out = weight[row], step[row], result[row]
+    run = weight.size // step.size
+    for c in range(step.size):
+        w, s, out = weight[c * run : (c + 1) * run], step[c], result[c * run : (c + 1) * run]
         for i in range(w.size):
             v = w[i] / s
             v = low if v < low else (high if v > high else v)  # not-a-number passes through
@@ -139,35 +139,38 @@ def _round(weight, step, bits, result):
 
 
 @_compiled
-def _round_gradients(weight, step, grad, bits, grad_weight, grad_step):
+def _round_gradients(weight, step, bits, grad, scale, grad_weight, grad_step):
     low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
     zero = np.float32(0)
-    for row in range(step.size):
-        w, s, g, out = weight[row], step[row], grad[row], grad_weight[row]
+    run = weight.size // step.size
+    for c in range(step.size):
+        w, s, g = weight[c * run : (c + 1) * run], step[c], grad[c * run : (c + 1) * run]
+        out = grad_weight[c * run : (c + 1) * run]
         total = 0.0
         for i in range(w.size):
             v = w[i] / s
             inside = (v > low) & (v < high)
-            clipped = low if v < low else (high if v > high else v)
-            r = np.rint(clipped)
+            code = np.rint(low if v < low else (high if v > high else v))
             out[i] = g[i] if inside else zero
-            total += np.float64(g[i] * (r - v if inside else r))
-        grad_step[row] = total
+            total += np.float64(g[i] * (code - v if inside else code))
+        grad_step[c] = scale * total
 
 
 @_compiled
 def _sign(weight, step, bits, result):
-    for row in range(step.size):
-        w, s, out = weight[row], step[row], result[row]
+    run = weight.size // step.size
+    for c in range(step.size):
+        w, s, out = weight[c * run : (c + 1) * run], step[c], result[c * run : (c + 1) * run]
         for i in range(w.size):
             out[i] = s if w[i] >= 0 else (-s if w[i] < 0 else w[i])
 
 
 @_compiled
-def _sign_gradient(weight, step, grad, grad_step):
-    for row in range(step.size):
-        w, g = weight[row], grad[row]
+def _sign_gradient(weight, grad, scale, grad_step):
+    run = weight.size // grad_step.size
+    for c in range(grad_step.size):
+        w, g = weight[c * run : (c + 1) * run], grad[c * run : (c + 1) * run]
         total = 0.0
         for i in range(w.size):
             total += np.float64(g[i] if w[i] >= 0 else -g[i])
-        grad_step[row] = total
+        grad_step[c] = scale * total

@@ -110,30 +110,24 @@ class LSQ(Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weights; gradients as the class describes."""
-        step = self.step_size
-        self._project(step)
-        if kernels.supported(weight) and self.channel_dim in (None, 0):
-            return _KernelLSQ.apply(weight, self.step, step, self)
-        codes, inside, slope = self._round((weight / self._per_weight(step, weight)).detach())
-        scaled_step = self._per_weight(self.gradient_scale * self.step, weight)
-        return _with_gradient_of(
-            torch.where(inside, weight, 0) + slope * scaled_step,
-            value=codes * self._per_weight(step, weight),
-        )
+        if isinstance(self.step, nn.Parameter) and not kernels.being_transformed():
+            self.step.data.clamp_(min=self.floor)  # wherever the optimizer has put it
+            if self.channel_dim in (None, 0) and kernels.supported(weight):
+                return _KernelLSQ.apply(weight, self.step, self)
+        step = self._per_weight(self.step_size, weight)
+        codes, passes, slope = self._round(weight.detach() / step)
+        learned = self.gradient_scale * self._per_weight(self.step, weight)
+        surrogate = torch.where(passes, weight, 0) + slope * learned
+        return _with_gradient_of(surrogate, value=codes * step)
 
     def _round(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the codes of `v = w / s` and, elementwise, the slopes to the weight and step."""
+        """Return, for `v = w / s`, the codes, who passes its gradient on, the step's slope."""
         if self.bits == 1:
             sign = torch.where(v >= 0, 1, torch.where(v < 0, -1, v))  # not-a-number stays
             return sign, torch.ones_like(v, dtype=torch.bool), sign
         codes = v.clamp(self.low, self.high).round()
         inside = (v > self.low) & (v < self.high)
         return codes, inside, torch.where(inside, codes - v, codes)
-
-    def _project(self, step: Tensor) -> None:
-        """Put a step that the optimizer has moved below the floor back on it."""
-        if isinstance(self.step, nn.Parameter) and not kernels.being_transformed():
-            self.step.data.copy_(step)
 
     def _per_weight(self, step: Tensor, weight: Tensor) -> Tensor:
         """Shape the step so that it broadcasts over the weights."""
@@ -152,8 +146,8 @@ class _KernelLSQ(torch.autograd.Function):
     """LSQ by compiled loops; saves nothing but the weights, from which the codes are recomputed."""
 
     @staticmethod
-    def forward(ctx, weight, parameter, step, quantizer):
-        """Quantize by `step`, the value of `parameter` above the floor."""
+    def forward(ctx, weight, step, quantizer):
+        """Quantize with a step that is on its floor or above."""
         ctx.save_for_backward(weight, step)
         ctx.quantizer = quantizer
         return kernels.quantize(weight, step, quantizer.bits, quantizer._pool)
@@ -162,18 +156,14 @@ class _KernelLSQ(torch.autograd.Function):
     def backward(ctx, grad):
         """Pass the gradient on to the weights and to the step."""
         weight, step = ctx.saved_tensors
-        quantizer = ctx.quantizer
-        if torch.is_grad_enabled() or not kernels.supported(grad):  # derivatives of derivatives
-            v = weight.detach() / quantizer._per_weight(step, weight)
-            _, inside, slope = quantizer._round(v)
-            grad_weight = torch.where(inside, grad, 0)
-            grad_step = (grad * slope).sum_to_size(quantizer._per_weight(step, weight).shape)
-            grad_step = grad_step.view(step.shape)
-        else:
-            grad_weight, grad_step = kernels.gradients(
-                weight, step, quantizer.bits, grad, quantizer._pool
-            )
-        return grad_weight, quantizer.gradient_scale * grad_step, None, None
+        bits, scale, pool = ctx.quantizer.bits, ctx.quantizer.gradient_scale, ctx.quantizer._pool
+        if kernels.supported(grad) and not torch.is_grad_enabled():
+            return *kernels.gradients(weight, step, bits, grad, scale, pool), None
+        # Higher derivatives and batches of gradients: the same by ordinary operations.
+        steps = ctx.quantizer._per_weight(step.detach(), weight)
+        _, passes, slope = ctx.quantizer._round(weight.detach() / steps)
+        grad_step = scale * (grad * slope).sum_to_size(steps.shape)
+        return torch.where(passes, grad, 0), grad_step.view(step.shape), None
 
 
 class FixedCodebook(Quantizer):
