@@ -1,1 +1,10 @@
 """Flatness of a trained model: how its loss answers to noise on its weights."""
+
+from qgen_lab.flatness.noise import (
+    NoiseRegularizer,
+    NoiseResponse,
+    noise_regularizer,
+    noise_response,
+)
+
+__all__ = ["NoiseRegularizer", "NoiseResponse", "noise_regularizer", "noise_response"]
