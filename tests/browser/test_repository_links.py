@@ -1,0 +1,67 @@
+"""Edit and launch links name whichever repository builds the book."""
+
+import importlib.util
+import shutil
+
+import nbformat
+import nbformat.v4 as nbf
+import pytest
+from bs4 import BeautifulSoup
+from conftest import ROOT, build
+
+PYTHON = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+
+spec = importlib.util.spec_from_file_location(
+    "repository_links", ROOT / "book" / "_ext" / "repository_links.py"
+)
+repository_links = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(repository_links)
+
+
+def test_local_build_has_none():
+    assert repository_links.links({}) == {"launch_buttons": {}}
+
+
+def test_a_pull_request_links_to_its_branch_not_to_its_number():
+    options = repository_links.links(
+        {
+            "GITHUB_REPOSITORY": "someone/fork",
+            "GITHUB_REF_NAME": "12/merge",
+            "GITHUB_HEAD_REF": "topic",
+        }
+    )
+    assert options["repository_branch"] == "topic"
+
+
+def test_another_server_is_taken_from_the_environment():
+    options = repository_links.links(
+        {"GITHUB_REPOSITORY": "a/b", "GITHUB_SERVER_URL": "https://git.example.org/"}
+    )
+    assert options["repository_url"] == "https://git.example.org/a/b"
+
+
+@pytest.fixture(scope="module")
+def one_page(tmp_path_factory):
+    """One chapter, built as a fork's workflow builds the book."""
+    source = tmp_path_factory.mktemp("fork")
+    shutil.copy(ROOT / "_config.yml", source)
+    for part in ("book/_ext", "book/_static"):
+        shutil.copytree(ROOT / part, source / part)
+    shutil.copy(ROOT / "book/references.bib", source / "book")
+    chapter = nbf.new_notebook(cells=[nbf.new_markdown_cell("# A page")], metadata=PYTHON)
+    nbformat.write(chapter, source / "book" / "page.ipynb")
+    (source / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    html = build(source, source, GITHUB_REPOSITORY="someone/fork", GITHUB_REF_NAME="topic")
+    return BeautifulSoup((html / "book" / "page.html").read_text(), "html.parser")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://github.com/someone/fork",
+        "https://github.com/someone/fork/edit/topic/book/page.ipynb",
+        "https://mybinder.org/v2/gh/someone/fork/topic?urlpath=lab/tree/book/page.ipynb",
+    ],
+)
+def test_built_page_links_to_the_fork(one_page, address):
+    assert one_page.find("a", href=address)
