@@ -382,11 +382,14 @@ def _mean_and_std(
 
 def _moments(train: Dataset) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel of inputs/255, or per feature."""
-    pieces = train.inputs.split(4096)  # all of a large image set as floats takes too much memory
-    rows = [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
-    count = sum(len(piece) for piece in rows)
-    mean = sum(piece.double().sum(0) for piece in rows) / count
-    std = (sum((piece.double() - mean).square().sum(0) for piece in rows) / count).sqrt()
-    std = torch.where(std > 0, std, 1.0)
-    scale = 255 if train.is_images else 1
-    return (mean / scale).float(), (std / scale).float()
+    if train.is_images:
+        # Exact, and far faster than sums of a whole image set as floats.
+        channels = train.inputs.unbind(-1)
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in channels])
+        share = counts.double() / counts.sum(1, keepdim=True)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = share @ values
+        std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
+    else:
+        std, mean = torch.std_mean(train.inputs.double(), 0, correction=0)
+    return mean.float(), torch.where(std > 0, std, 1.0).float()

@@ -229,6 +229,9 @@ def read_image_folder(
         for name, folder in parts.items()
         if folder.is_dir()
     }
+    present = set(read["train"][1])
+    if absent := [name for k, name in enumerate(classes) if k not in present]:
+        raise DatasetMissing(f"no image files in {train / absent[0]}: add some or delete it")
     sizes = {name: images.shape[1:3] for name, (images, _) in read.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(
@@ -272,9 +275,6 @@ def _read_class_folders(
     paths = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in _IMAGE_SUFFIXES)
     if strange := {path.parent.name for path in paths} - set(classes):
         raise ValueError(f"{folder} has classes that train has not: {sorted(strange)}")
-    present = {path.parent.name for path in paths}
-    if absent := [name for name in classes if name not in present and folder.name == "train"]:
-        raise DatasetMissing(f"no image files in {folder / absent[0]}: add some or delete it")
     if not paths:
         raise DatasetMissing(f"no image files below {folder}: add some or delete the folder")
     images = [_read_image(path, sides) for path in paths]
