@@ -23,12 +23,12 @@ __all__ = ["color", "interactive_lines", "label", "marker", "use_style"]
 FULL_PRECISION = 32
 
 _COLORS = {
-    1: "#E364BF",
+    1: "#D765C3",
     2: "#DD2913",
     3: "#AE8E41",
     4: "#248100",
-    5: "#6A865B",
-    6: "#46939C",
+    5: "#64855C",
+    6: "#739D7D",
     7: "#175D6B",
     8: "#478CFE",
     16: "#7B2DAB",
@@ -272,8 +272,8 @@ def interactive_lines(
     colors : sequence of str, optional
         One colour a curve, for example ``[color(2), color(4)]``; by default those of 1, 2, 3, ...
         bits.
-    start : mapping of str to float, optional
-        Where a slider stands at first (the nearest value); by default in its middle.
+    start : mapping of str to float or str, optional
+        Where a slider stands at first: one of its values; by default in its middle.
     xscale, yscale : {"linear", "log"}
         Scales of the axes.
     ylim : tuple of float, optional
@@ -289,7 +289,7 @@ def interactive_lines(
     ------
     ValueError
         If a curve's shape does not fit the sliders and `x`, if there is no slider or no curve, if
-        `start` names no slider, or if there are fewer colours than curves.
+        `start` names no slider or none of its values, or if there are fewer colours than curves.
 
     Examples
     --------
@@ -308,9 +308,6 @@ def interactive_lines(
     for name, values in curves.items():
         if values.shape != shape:
             raise ValueError(f"curve {name!r} has shape {values.shape}: sliders and x need {shape}")
-    unknown = set(start or {}) - set(sliders)
-    if unknown:
-        raise ValueError(f"start names {sorted(unknown)}: the sliders are {list(sliders)}")
     colors = list(colors) if colors is not None else list(_COLORS.values())
     if len(colors) < len(curves):
         raise ValueError(f"{len(curves)} curves but {len(colors)} colors: give one a curve")
@@ -318,9 +315,7 @@ def interactive_lines(
     everything = np.concatenate([values.ravel() for values in curves.values()])
     xaxis = _Axis(_limits(x, xscale, 0.0), xscale, _SIZE[0])
     yaxis = _Axis(ylim or _limits(everything, yscale, 0.04), yscale, _SIZE[1])
-    first = {name: len(values) // 2 for name, values in sliders.items()}
-    for name, value in (start or {}).items():
-        first[name] = int(np.argmin(np.abs(np.asarray(sliders[name]) - value)))
+    first = _first(sliders, start or {})
 
     data = {
         "x": _rounded(x),
@@ -353,6 +348,18 @@ def interactive_lines(
         + f'<script type="application/json">{table}</script>'
         + f"<script>{_SCRIPT % key}</script></figure>"
     )
+
+
+def _first(sliders: Mapping[str, Sequence], start: Mapping) -> dict[str, int]:
+    first = {name: len(values) // 2 for name, values in sliders.items()}
+    for name, value in start.items():
+        if name not in sliders:
+            raise ValueError(f"start names {name!r}: the sliders are {list(sliders)}")
+        shown = [_name(v) for v in sliders[name]]
+        if _name(value) not in shown:
+            raise ValueError(f"start[{name!r}] = {value!r}: the slider has {shown}")
+        first[name] = shown.index(_name(value))
+    return first
 
 
 def _slider(name: str, values: Sequence, at: int) -> str:
