@@ -19,6 +19,7 @@ from qgen_lab.theory.ridge import ridge_solution
 from qgen_lab.theory.scalar_channel import ChannelAverages, ground_averages, thermal_averages
 
 _TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
+_FLOOR = 1e-6  # in units of the teacher's variance: what counts as no noise at all
 _LOG_TINY = -690.0  # exp of it is still a normal number
 
 
@@ -27,8 +28,8 @@ class SaddlePoint:
     """A solution; stiffness 0 stands for an infinite susceptibility.
 
     `slope`, `mean_square`, `second_moment`, `squared_slope` and `entropy` are the averages of one
-    weight there. `residual` is the largest relative change of `a` and `v` in one more pass of the
-    map (of the slope and `v` where `a` is 0).
+    weight there. `residual` is the largest relative change of `a` and `alpha v` in one more pass of
+    the map (of the slope and `alpha v` where `a` is 0), with a floor under the noise.
     """
 
     stiffness: float
@@ -68,7 +69,40 @@ def _noise(problem: TeacherStudent, slope: float, mean_square: float) -> float:
     """`v` after one pass of the map."""
     rho = problem.signal_variance
     squared_error = rho - 2 * rho * slope + mean_square
-    return max(problem.noise_variance + squared_error, np.exp(_LOG_TINY)) / problem.alpha
+    return (problem.noise_variance + squared_error) / problem.alpha
+
+
+def _drift(problem: TeacherStudent, slope: float, mean_square: float, noise: float) -> float:
+    """Relative change of the noise in one pass of the map, as a difference of logarithms."""
+    floor = _FLOOR * problem.signal_variance / problem.alpha
+    return np.log((_noise(problem, slope, mean_square) + floor) / (noise + floor))
+
+
+def _saddle_point(
+    problem: TeacherStudent,
+    stiffness: float,
+    noise: float,
+    slope: float,
+    mean_square: float,
+    iterations: int,
+    *,
+    variance: float = 0.0,
+    squared_slope: float = np.inf,
+    entropy: float = 0.0,
+) -> SaddlePoint:
+    pull = np.log((stiffness + slope) / problem.alpha)
+    drift = _drift(problem, slope, mean_square, noise)
+    return SaddlePoint(
+        stiffness=float(stiffness),
+        noise=float(noise),
+        slope=float(slope),
+        mean_square=float(mean_square),
+        second_moment=float(mean_square + variance),
+        squared_slope=float(squared_slope),
+        entropy=float(entropy),
+        iterations=iterations,
+        residual=float(max(abs(pull), abs(drift))),
+    )
 
 
 def _largest_root(f: Callable[[float], float], top: float, bottom: float) -> float | None:
@@ -123,10 +157,10 @@ class _Ground:
             return float(np.exp(upper))
         return float(np.exp(brentq(excess, lower, upper, xtol=1e-15, rtol=1e-15)))
 
-    def log_ratio(self, log_noise: float) -> float:
+    def drift(self, log_noise: float) -> float:
         noise = np.exp(log_noise)
         slope, mean_square = self.averages(self.extra_shrinkage(noise), noise)
-        return np.log(_noise(self.problem, slope, mean_square) / noise)
+        return _drift(self.problem, slope, mean_square, noise)
 
     def solve(self) -> bool:
         """Leave the root with the largest noise in `point`; false if there is none."""
@@ -139,7 +173,7 @@ class _Ground:
             kept = codebook.spacing[codebook.thresholds == 0].sum() / problem.alpha
             least = max(least, kept**2 / (2 * np.pi) - problem.signal_variance)
         bottom = max(np.log(least), _LOG_TINY) if least > 0 else _LOG_TINY
-        root = _largest_root(self.log_ratio, np.log(2 * most / problem.alpha), bottom)
+        root = _largest_root(self.drift, np.log(2 * most / problem.alpha), bottom)
         if root is None:
             return False
         noise = np.exp(root)
@@ -155,19 +189,7 @@ class _Ground:
             stiffness = problem.ridge / extra if extra > 0 else np.nan
         else:
             stiffness = 0.0 if self.vanishing_ridge else max(problem.alpha - slope, 0.0)
-        pull = np.log((stiffness + slope) / problem.alpha)
-        drift = np.log(_noise(problem, slope, mean_square) / noise)
-        return SaddlePoint(
-            stiffness=stiffness,
-            noise=noise,
-            slope=slope,
-            mean_square=mean_square,
-            second_moment=mean_square,
-            squared_slope=np.inf,
-            entropy=0.0,
-            iterations=self.budget.spent,
-            residual=max(abs(pull), abs(drift)),
-        )
+        return _saddle_point(problem, stiffness, noise, slope, mean_square, self.budget.spent)
 
 
 def ground_state(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
@@ -215,7 +237,7 @@ def _innermost_levels(problem: TeacherStudent, budget: _Budget) -> SaddlePoint:
     def drift(log_noise: float) -> float:
         noise = np.exp(log_noise)
         here = averages(ratio(noise), noise)
-        return np.log(_noise(problem, here.slope, here.mean_square) / noise)
+        return _drift(problem, here.slope, here.mean_square, noise)
 
     most = (2 * level / alpha) ** 2 / (2 * np.pi) - rho
     least = problem.noise_variance / alpha
@@ -226,19 +248,18 @@ def _innermost_levels(problem: TeacherStudent, budget: _Budget) -> SaddlePoint:
             point = (ratio(np.exp(root)), root)
     except _Exhausted:
         pass
-    here = thermal_averages(codebook, np.exp(point[0]), rho + np.exp(point[1]), 0.0, 1.0)
-    pull = np.log(here.slope / alpha)
-    change = np.log(_noise(problem, here.slope, here.mean_square)) - point[1]
-    return SaddlePoint(
-        stiffness=0.0,
-        noise=float(np.exp(point[1])),
-        slope=here.slope,
-        mean_square=here.mean_square,
-        second_moment=level**2,
+    noise = np.exp(point[1])
+    here = thermal_averages(codebook, np.exp(point[0]), rho + noise, 0.0, 1.0)
+    return _saddle_point(
+        problem,
+        0.0,
+        noise,
+        here.slope,
+        here.mean_square,
+        budget.spent,
+        variance=level**2 - here.mean_square,
         squared_slope=here.squared_slope,
         entropy=here.entropy,
-        iterations=budget.spent,
-        residual=max(abs(pull), abs(change)),
     )
 
 
@@ -246,15 +267,25 @@ def _innermost_levels(problem: TeacherStudent, budget: _Budget) -> SaddlePoint:
 
 
 class _Thermal:
-    """The equations above temperature zero, in `point = (log a, log v)`, and ways to a root."""
+    """The equations above temperature zero, and ways to a root.
+
+    A point is `(log a, log(v + floor))`, so that no step leads to a negative stiffness.
+    """
 
     def __init__(self, problem: TeacherStudent, limit: int):
         self.problem = problem
         self.budget = _Budget(limit)
+        self.floor = _FLOOR * problem.signal_variance / problem.alpha
+
+    def point(self, stiffness: float, noise: float) -> NDArray:
+        return np.log([stiffness, noise + self.floor])
+
+    def unknowns(self, point: NDArray) -> tuple[float, float]:
+        stiffness, noise = np.exp(point) - [0.0, self.floor]
+        return stiffness, max(noise, 0.0)
 
     def averages(self, point: NDArray, temperature: float) -> ChannelAverages:
-        problem = self.problem
-        stiffness, noise = np.exp(point)
+        problem, (stiffness, noise) = self.problem, self.unknowns(point)
         return thermal_averages(
             problem.codebook,
             stiffness,
@@ -266,26 +297,23 @@ class _Thermal:
     def defect(self, point: NDArray, temperature: float) -> tuple[NDArray, NDArray]:
         """What one pass of the map changes, and the Jacobian of that in `point`.
 
-        `log a` falls by the first entry, `log v` grows by the second.
+        `log a` falls by the first entry, the other coordinate grows by the second.
         """
         self.budget.spend()
         problem, here = self.problem, self.averages(point, temperature)
-        stiffness, noise = np.exp(point)
+        alpha, rho = problem.alpha, problem.signal_variance
+        stiffness, noise = self.unknowns(point)
         total = stiffness + here.slope
         new_noise = _noise(problem, here.slope, here.mean_square)
-        scale = problem.alpha * new_noise
-        rho = problem.signal_variance
+        drift = _drift(problem, here.slope, here.mean_square, noise)
         by_stiffness = here.mean_square_by_stiffness - 2 * rho * here.slope_by_stiffness
         by_noise = here.mean_square_by_variance - 2 * rho * here.slope_by_variance
-        defect = np.log([total / problem.alpha, new_noise / noise])
-        jacobian = np.array(
-            [
-                [stiffness * (1 + here.slope_by_stiffness), noise * here.slope_by_variance],
-                [stiffness * by_stiffness, noise * by_noise],
-            ]
-        ) / [[total], [scale]]
-        jacobian[1, 1] -= 1
-        return defect, jacobian
+        rows = [
+            np.array([1 + here.slope_by_stiffness, here.slope_by_variance]) / total,
+            np.array([by_stiffness, by_noise]) / (alpha * (new_noise + self.floor)),
+        ]
+        jacobian = np.array(rows) * [stiffness, noise + self.floor] - [[0, 0], [0, 1]]
+        return np.array([np.log(total / alpha), drift]), jacobian
 
     def newton(self, guess: NDArray, temperature: float) -> NDArray | None:
         """The root near the guess, or None if Newton's method does not find one close by."""
@@ -349,30 +377,27 @@ class _Thermal:
 
     def saddle_point(self, point: NDArray) -> SaddlePoint:
         here = self.averages(point, self.problem.temperature)
-        stiffness, noise = (float(value) for value in np.exp(point))
-        pull = np.log((stiffness + here.slope) / self.problem.alpha)
-        drift = np.log(_noise(self.problem, here.slope, here.mean_square) / noise)
-        variance = self.problem.temperature * here.slope / stiffness
-        return SaddlePoint(
-            stiffness=stiffness,
-            noise=noise,
-            slope=here.slope,
-            mean_square=here.mean_square,
-            second_moment=here.mean_square + variance,
+        stiffness, noise = self.unknowns(point)
+        return _saddle_point(
+            self.problem,
+            stiffness,
+            noise,
+            here.slope,
+            here.mean_square,
+            self.budget.spent,
+            variance=self.problem.temperature * here.slope / stiffness,
             squared_slope=here.squared_slope,
             entropy=here.entropy,
-            iterations=self.budget.spent,
-            residual=max(abs(pull), abs(drift)),
         )
 
 
-def _hot_guess(problem: TeacherStudent, temperature: float) -> NDArray:
+def _hot_guess(problem: TeacherStudent, temperature: float) -> tuple[float, float]:
     """Ridge regression whose Gaussian prior has, at this temperature, the codebook's spread."""
     prior = problem.ridge + temperature / np.square(problem.codebook.levels).mean()
     ridge = ridge_solution(problem.alpha, problem.noise_variance, prior, problem.signal_variance)
     slope = ridge.overlap / problem.signal_variance
     noise = ridge.self_overlap / slope**2 - problem.signal_variance
-    return np.log([slope / ridge.susceptibility, max(noise, np.exp(_LOG_TINY))])
+    return slope / ridge.susceptibility, max(noise, 0.0)
 
 
 def cooled(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
@@ -380,7 +405,7 @@ def cooled(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
     thermal = _Thermal(problem, max_iterations)
     # So hot that the weights do not feel that the levels are discrete.
     hot = max(problem.temperature, 4 * problem.alpha * problem.codebook.spacing.max() ** 2)
-    point = _hot_guess(problem, hot)
+    point = thermal.point(*_hot_guess(problem, hot))
     try:
         point = thermal.flow(point, hot)
         point = thermal.follow(point, hot, jump=True)
@@ -402,7 +427,7 @@ def heated(problem: TeacherStudent, max_iterations: int) -> SaddlePoint | None:
     cold = 1e-3 * ground.stiffness * problem.codebook.spacing.min() ** 2
     start = min(problem.temperature, cold)
     try:
-        point = thermal.newton(np.log([ground.stiffness, ground.noise]), start)
+        point = thermal.newton(thermal.point(ground.stiffness, ground.noise), start)
         point = point if point is None else thermal.follow(point, start, jump=False)
     except _Exhausted:
         return None

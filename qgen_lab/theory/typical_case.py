@@ -50,8 +50,8 @@ class RSSolution:
     iterations : int or ndarray
         Evaluations of the map that were made.
     residual : float or ndarray
-        Largest relative change of `1 + chi` and of `rho + noise_variance - 2 m + q` in one
-        undamped pass of the map at the point returned.
+        Largest relative change of `1 + chi` and of `rho + noise_variance - 2 m + q` (plus
+        1e-6 rho) in one undamped pass of the map at the point returned.
     """
 
     overlap: float
@@ -87,7 +87,7 @@ class RSSolution:
 def solve_rs(
     problem: TeacherStudent | Sequence[TeacherStudent],
     branch: str | None = None,
-    max_iterations: int = 2000,
+    max_iterations: int = 10_000,
 ) -> RSSolution:
     """Solve the replica-symmetric equations.
 
@@ -161,7 +161,7 @@ def _observables(problem: TeacherStudent, point: SaddlePoint | None) -> RSSoluti
     damping = 0.0 if interpolates else point.stiffness / (point.stiffness + point.slope)
     overlap = rho * point.slope
     train_error = alpha * point.noise * damping**2 + temperature * (1 - damping)
-    entropy = point.entropy - alpha / 2 * (np.log1p(chi) - (1 - damping))
+    entropy = float(point.entropy - alpha / 2 * (np.log1p(chi) - (1 - damping)))
     energy = alpha / 2 * train_error + problem.ridge / 2 * point.second_moment
     replicon = 1 - point.squared_slope / alpha
     return RSSolution(
