@@ -45,15 +45,20 @@ class Pool:
         return Pool, ()  # a copy starts with no memory of its own
 
 
-def supported(weight: Tensor) -> bool:
-    """Whether the loops can read `weight`: plain, dense, float32, on the CPU, not being traced."""
+def plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is float32 numbers in CPU memory, not a stand-in for a transform."""
     return (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and _memory_format(weight) is not None
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
         and not being_transformed()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether `tensor` fills its memory without gaps, output channels first."""
+    return _memory_format(tensor) is not None
 
 
 def being_transformed() -> bool:
@@ -67,7 +72,7 @@ def quantize(weight: Tensor, step: Tensor, bits: int, pool: Pool) -> Tensor:
     Parameters
     ----------
     weight : Tensor
-        What `supported` accepts, output channels first.
+        Plain and dense.
     step : Tensor
         Shape `()`, or `(channels,)` for one step per channel.
     bits : int
@@ -91,7 +96,7 @@ def gradients(
     weight, step, bits, pool
         As for `quantize`.
     grad : Tensor
-        Gradient to the quantized weights; never written to, since others may read it.
+        Gradient to the quantized weights, plain; never written to, since others may read it.
     scale : float
         Factor of the step's gradient.
     """
@@ -108,7 +113,6 @@ def gradients(
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format | None:
-    """Return the format in which `tensor` fills its memory without gaps, output channels first."""
     if tensor.is_contiguous():
         return torch.contiguous_format
     for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):

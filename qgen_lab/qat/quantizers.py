@@ -92,7 +92,7 @@ class LSQ(Quantizer):
 
         magnitude, spread = _scales(weight.detach(), channel_dim)
         step = magnitude if bits == 1 else 2 * magnitude / self.high**0.5
-        self.step = nn.Parameter(step.to(weight.dtype), requires_grad=weight.requires_grad)
+        self.step = nn.Parameter(step.to(weight.dtype))
         floor = 0.01 * spread / self.high
         smallest = torch.finfo(weight.dtype).tiny
         self.register_buffer("floor", floor.to(weight.dtype).clamp(min=smallest))
@@ -112,7 +112,7 @@ class LSQ(Quantizer):
         """Return the quantized weights; gradients as the class describes."""
         if isinstance(self.step, nn.Parameter) and not kernels.being_transformed():
             self.step.data.clamp_(min=self.floor)  # wherever the optimizer has put it
-            if self.channel_dim in (None, 0) and kernels.supported(weight):
+            if kernels.plain(weight) and kernels.dense(weight) and self.channel_dim in (None, 0):
                 return _KernelLSQ.apply(weight, self.step, self)
         step = self._per_weight(self.step_size, weight)
         codes, passes, slope = self._round(weight.detach() / step)
@@ -157,7 +157,7 @@ class _KernelLSQ(torch.autograd.Function):
         """Pass the gradient on to the weights and to the step."""
         weight, step = ctx.saved_tensors
         bits, scale, pool = ctx.quantizer.bits, ctx.quantizer.gradient_scale, ctx.quantizer._pool
-        if kernels.supported(grad) and not torch.is_grad_enabled():
+        if kernels.plain(grad) and not torch.is_grad_enabled():
             return *kernels.gradients(weight, step, bits, grad, scale, pool), None
         # Higher derivatives and batches of gradients: the same by ordinary operations.
         steps = ctx.quantizer._per_weight(step.detach(), weight)
@@ -285,20 +285,16 @@ def quantize_weights(
     chosen = _choose(_quantizable(model), layers, exclude)
     widths = _bits_of(chosen, bits)
     build = _builder(quantizer)
-    shared: dict[int, Quantizer] = {}
-    plan: list[tuple[nn.Module, Quantizer]] = []
-    for name, layer in chosen.items():
-        if name not in widths:
-            continue
+    members: dict[int, Quantizer] = {}  # by weight, so that tied layers share one
+    for name in widths:
+        layer = chosen[name]
         _check_layer(name, layer)
-        weight = layer.weight
-        if id(weight) not in shared:
+        if id(layer.weight) not in members:
             channel_dim = (1 if isinstance(layer, TRANSPOSED) else 0) if per_channel else None
-            built = build(weight, widths[name], channel_dim)
-            if not isinstance(built, Quantizer):
-                raise TypeError(f"quantizer={quantizer!r} built {built!r}: build a Quantizer")
-            shared[id(weight)] = built
-        plan.append((layer, shared[id(weight)]))
+            member = build(layer.weight, widths[name], channel_dim)
+            _check_member(name, layer.weight, member)
+            members[id(layer.weight)] = member
+    plan = [(chosen[name], members[id(chosen[name].weight)]) for name in widths]
     for layer, member in plan:
         parametrize.register_parametrization(layer, "weight", member)
     return model
@@ -482,3 +478,16 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         raise ValueError(f"layer {name!r} has no weights: exclude it")
     if not weight.is_floating_point() or not weight.isfinite().all():
         raise ValueError(f"layer {name!r} has weights that are not finite real numbers")
+
+
+@torch.no_grad()
+def _check_member(name: str, weight: Tensor, member: Quantizer) -> None:
+    """Raise if what a caller's builder made cannot quantize the layer."""
+    if not isinstance(member, Quantizer):
+        raise TypeError(f"quantizer built {member!r} for layer {name!r}: build a Quantizer")
+    value = member(weight)
+    if (value.shape, value.dtype) != (weight.shape, weight.dtype):
+        raise ValueError(
+            f"quantizer turns layer {name!r} of shape {tuple(weight.shape)}, {weight.dtype} into "
+            f"{tuple(value.shape)}, {value.dtype}: keep shape and dtype"
+        )
