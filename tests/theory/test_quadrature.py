@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from qgen_lab.theory.quadrature import gaussian_rule, graded_panels
+
+centres_and_sizes = st.lists(
+    st.tuples(st.floats(-12, 12), st.floats(1e-3, 1.0)), min_size=1, max_size=6
+)
+
+
+@settings(deadline=None)
+@given(centres_and_sizes)
+def test_panels_cover_the_range_and_keep_to_the_allowed_widths(pairs):
+    centres, sizes = (np.array(column) for column in zip(*sorted(pairs), strict=True))
+    edges = graded_panels(-9.0, 9.0, 1.5, centres, sizes)
+    assert edges[0] == -9.0
+    assert edges[-1] == 9.0
+    widths = np.diff(edges)
+    assert (widths > 0).all()
+    assert widths.max() <= 1.5 * (1 + 1e-12)
+    left, right = edges[:-1, None], edges[1:, None]
+    distance = np.maximum(0.0, np.maximum(left - centres, centres - right))
+    assert (widths[:, None] <= (sizes + distance) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("deviation", [0.1, 1.0, 7.0])
+def test_gaussian_moments(deviation):
+    nodes, weights = gaussian_rule(deviation, np.array([0.3]), np.array([0.2]))
+    moments = [weights @ (nodes / deviation) ** k for k in range(9)]
+    assert moments == pytest.approx([1, 0, 1, 0, 3, 0, 15, 0, 105], rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-5, 1e-9])
+def test_a_smoothed_step_is_integrated_to_rounding(scale):
+    threshold = 0.7
+    nodes, weights = gaussian_rule(1.0, np.array([threshold]), np.array([3 * scale]))
+    ours = weights @ np.cosh(np.clip((nodes - threshold) / (2 * scale), -300, 300)) ** -2.0
+
+    def integrand(x):  # in units of the step's own width
+        return np.cosh(x / 2) ** -2.0 * norm.pdf(threshold + scale * x) * scale
+
+    reach = [min(9.7 / scale, 300.0), min(8.3 / scale, 300.0)]
+    adaptive = sum(
+        quad(integrand, low, high, epsabs=0, epsrel=1e-12, limit=200)[0]
+        for low, high in ((-reach[0], 0), (0, reach[1]))
+    )
+    assert ours == pytest.approx(adaptive, rel=1e-12 if scale > 1e-6 else 1e-7)
