@@ -189,8 +189,12 @@ def weight_function(
 def _still_copy(model: nn.Module, batch_norm: str) -> nn.Module:
     """A copy with plain weights, nothing random, and no running statistics to update."""
     network = copy.deepcopy(model)
-    if any(parametrize.is_parametrized(module) for module in network.modules()):
-        qat.bake(network)
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            # A copy shares its generated class with the model, and baking takes that class apart.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    qat.bake(network)
     network.eval().requires_grad_(False)
     if batch_norm == "batch":
         for module in network.modules():

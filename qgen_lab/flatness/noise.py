@@ -456,7 +456,7 @@ def _broadcast_bin_widths(function: WeightFunction, bin_widths: BinWidths) -> Sc
     widths = {}
     for name, weight in function.weights.items():
         given = bin_widths[name] if isinstance(bin_widths, Mapping) else bin_widths
-        width = torch.as_tensor(given).detach().to(weight)
+        width = torch.as_tensor(given, dtype=weight.dtype, device=weight.device).detach()
         if not bool(((width >= 0) & width.isfinite()).all()):
             raise ValueError(f"bin_widths[{name!r}] = {given}: must be finite and not negative")
         channels = function.channel_dim(name)
