@@ -1,4 +1,4 @@
-"""Re-execute chapters in place: `python book/refresh.py [chapter.ipynb ...]`, all of them without arguments."""
+"""Re-execute chapters in place: `python book/refresh.py [chapter.ipynb ...]`, by default all."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ METADATA = {
 
 
 def refresh(path: Path) -> None:
-    """Run every cell and store its outputs; nothing else in the file may depend on when or where."""
+    """Run every cell and store its outputs; nothing stored depends on when or where."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,

@@ -1,4 +1,4 @@
-"""Equations without a network: one MathJax file, copied from the `sphinx-mathjax-offline` package."""
+"""Equations without a network: one MathJax file, copied from `sphinx-mathjax-offline`."""
 
 import importlib.util
 from pathlib import Path
