@@ -160,17 +160,17 @@ def test_free_weights_at_high_temperature():
 # --- branches and phases ------------------------------------------------------------------------
 
 
-def cooled_slowly(problem, steps=150):
+def cooled_slowly(problem, steps=60):
     """Susceptibility reached by the damped map on a fine ladder of temperatures: a slow twin."""
     thermal = _Thermal(problem, 10**9)
     levels = problem.codebook.levels
     point = thermal.point(problem.alpha, (levels**2).max() / problem.alpha)
     hot = max(10 * (levels[-1] - levels[0]) ** 2, 2 * problem.temperature)
     for temperature in np.geomspace(hot, problem.temperature, steps):
-        for _ in range(2000):
+        for _ in range(1000):
             defect, _jacobian = thermal.defect(point, temperature)
             point = point + 0.6 * defect * [-1, 1]
-            if np.abs(defect).max() < 1e-9:
+            if np.abs(defect).max() < 1e-8:
                 break
     return problem.alpha / thermal.unknowns(point)[0] - 1
 
