@@ -1,30 +1,12 @@
-"""The book, built once from clean with warnings as errors, and the system's Chromium to open it."""
+"""The book, built once, and the system's Chromium to open it."""
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from building import ROOT, build
 
-ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-def build(source: Path, output: Path, **environment: str) -> Path:
-    """Build the book in `source` and return its folder of pages; a warning is an error."""
-    local = {k: v for k, v in os.environ.items() if not k.startswith(("GITHUB_", "BOOK_"))}
-    program = Path(sys.executable).with_name("jupyter-book")
-    strict = ["--warningiserror", "--nitpick", "--keep-going", "--quiet"]
-    result = subprocess.run(
-        [program, "build", source, "--path-output", output, *strict],
-        env={**local, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return output / "_build" / "html"
 
 
 @pytest.fixture(scope="session")

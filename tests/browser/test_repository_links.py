@@ -1,15 +1,10 @@
 """Edit and launch links name whichever repository builds the book."""
 
 import importlib.util
-import shutil
 
-import nbformat
-import nbformat.v4 as nbf
 import pytest
 from bs4 import BeautifulSoup
-from conftest import ROOT, build
-
-PYTHON = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+from building import ROOT, build_one_page
 
 spec = importlib.util.spec_from_file_location(
     "repository_links", ROOT / "book" / "_ext" / "repository_links.py"
@@ -43,15 +38,12 @@ def test_another_server_is_taken_from_the_environment():
 @pytest.fixture(scope="module")
 def one_page(tmp_path_factory):
     """One chapter, built as a fork's workflow builds the book."""
-    source = tmp_path_factory.mktemp("fork")
-    shutil.copy(ROOT / "_config.yml", source)
-    for part in ("book/_ext", "book/_static"):
-        shutil.copytree(ROOT / part, source / part)
-    shutil.copy(ROOT / "book/references.bib", source / "book")
-    chapter = nbf.new_notebook(cells=[nbf.new_markdown_cell("# A page")], metadata=PYTHON)
-    nbformat.write(chapter, source / "book" / "page.ipynb")
-    (source / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
-    html = build(source, source, GITHUB_REPOSITORY="someone/fork", GITHUB_REF_NAME="topic")
+    html = build_one_page(
+        tmp_path_factory.mktemp("fork"),
+        "# A page",
+        GITHUB_REPOSITORY="someone/fork",
+        GITHUB_REF_NAME="topic",
+    )
     return BeautifulSoup((html / "book" / "page.html").read_text(), "html.parser")
 
 
