@@ -4,6 +4,7 @@ A quantizer is bound by memory traffic, and a fresh large array costs ten times 
 page faults. So each direction is one compiled loop that writes into arrays used again.
 """
 
+import threading
 import weakref
 
 import numba
@@ -15,43 +16,55 @@ from torch import Tensor
 _compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
 
 
-class Pool:
-    """Arrays for the results of one layer, each handed out again once nothing refers to it.
+class _Slot:
+    """Memory that stays, in the shape of `tensor`, and a weak reference to what was lent of it."""
 
-    A tensor made by `empty_like` holds its array for as long as anything, a saved graph included,
-    needs its storage. Only then does the array return, so no live value is ever overwritten.
+    def __init__(self, tensor: Tensor):
+        self.like = tensor.shape, tensor.stride()
+        self.memory = torch.empty(tensor.numel()).numpy()  # torch aligns it for vector loads
+        strides = [stride * self.memory.itemsize for stride in tensor.stride()]
+        self.array = np.ndarray(tuple(tensor.shape), np.float32, self.memory, strides=strides)
+
+    def lend(self) -> Tensor:
+        view = self.array.view()
+        self.loan = weakref.ref(view)
+        return torch.from_numpy(view)  # holds the view as long as anyone holds its storage
+
+
+class Pool:
+    """Memory for the results of one layer, lent again once nothing refers to it.
+
+    A saved graph, a view or a gradient keeps its loan, so no live value is ever overwritten. One
+    training step needs two slots; `kept` is the most that stay.
     """
 
-    kept = 4  # arrays that wait unused at most; one training step needs two
+    kept = 4
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
+        self._slots: list[_Slot] = []
+        self._lock = threading.Lock()
 
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """Return an uninitialised float32 tensor with the shape and strides of a dense `tensor`."""
-        memory = self._free.pop() if self._free else None
-        if memory is None or memory.size != tensor.numel():
-            memory = torch.empty(tensor.numel()).numpy()  # torch aligns it for vector loads
-        strides = [stride * memory.itemsize for stride in tensor.stride()]
-        loan = np.ndarray(tuple(tensor.shape), memory.dtype, memory, strides=strides)
-        weakref.finalize(loan, self._take_back, memory).atexit = False
-        return torch.from_numpy(loan)
-
-    def _take_back(self, memory: np.ndarray) -> None:
-        if len(self._free) < self.kept:
-            self._free.append(memory)
+    def empty_like(self, tensor: Tensor) -> tuple[Tensor, np.ndarray]:
+        """Return a float32 tensor laid out as a dense `tensor`, not filled, and its flat memory."""
+        with self._lock:
+            slot = next((slot for slot in self._slots if slot.loan() is None), None)
+            if slot is None or slot.like != (tensor.shape, tensor.stride()):
+                outgrown, slot = slot, _Slot(tensor)
+                self._slots = [s for s in self._slots if s is not outgrown]
+                if len(self._slots) < self.kept:
+                    self._slots.append(slot)
+            return slot.lend(), slot.memory
 
     def __reduce__(self):
         return Pool, ()  # a copy starts with no memory of its own
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is float32 numbers in CPU memory, not a stand-in for a transform."""
+    """Whether `tensor` is float32 numbers in the CPU's memory."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
-        and not being_transformed()
         and not torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
 
@@ -80,9 +93,9 @@ def quantize(weight: Tensor, step: Tensor, bits: int, pool: Pool) -> Tensor:
     pool : Pool
         Where the memory of the result comes from.
     """
-    result = pool.empty_like(weight)
+    result, memory = pool.empty_like(weight)
     loop = _sign if bits == 1 else _round
-    loop(_flat(weight), _flat(step), bits, _flat(result))
+    loop(_flat(weight), _flat(step), bits, memory)
     return result
 
 
@@ -101,14 +114,13 @@ def gradients(
         Factor of the step's gradient.
     """
     grad = grad.contiguous(memory_format=_memory_format(weight))
-    grad_step = torch.empty_like(step)
+    for_step = np.empty(step.numel(), np.float32)
+    grad_step = torch.from_numpy(for_step).view(step.shape)
     if bits == 1:
-        _sign_gradient(_flat(weight), _flat(grad), scale, _flat(grad_step))
+        _sign_gradient(_flat(weight), _flat(grad), scale, for_step)
         return grad, grad_step
-    grad_weight = pool.empty_like(weight)
-    _round_gradients(
-        _flat(weight), _flat(step), bits, _flat(grad), scale, _flat(grad_weight), _flat(grad_step)
-    )
+    grad_weight, memory = pool.empty_like(weight)
+    _round_gradients(_flat(weight), _flat(step), bits, _flat(grad), scale, memory, for_step)
     return grad_weight, grad_step
 
 

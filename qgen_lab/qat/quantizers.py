@@ -110,10 +110,11 @@ class LSQ(Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weights; gradients as the class describes."""
-        if isinstance(self.step, nn.Parameter) and not kernels.being_transformed():
-            self.step.data.clamp_(min=self.floor)  # wherever the optimizer has put it
+        step = self.step
+        if isinstance(step, nn.Parameter) and not kernels.being_transformed():
+            step.data.clamp_(min=self.floor)  # wherever the optimizer has put it
             if kernels.plain(weight) and kernels.dense(weight) and self.channel_dim in (None, 0):
-                return _KernelLSQ.apply(weight, self.step, self)
+                return _KernelLSQ.apply(weight, step, self)
         step = self._per_weight(self.step_size, weight)
         codes, passes, slope = self._round(weight.detach() / step)
         learned = self.gradient_scale * self._per_weight(self.step, weight)
@@ -157,7 +158,8 @@ class _KernelLSQ(torch.autograd.Function):
         """Pass the gradient on to the weights and to the step."""
         weight, step = ctx.saved_tensors
         bits, scale, pool = ctx.quantizer.bits, ctx.quantizer.gradient_scale, ctx.quantizer._pool
-        if kernels.plain(grad) and not torch.is_grad_enabled():
+        differentiated = torch.is_grad_enabled() or kernels.being_transformed()
+        if kernels.plain(grad) and not differentiated:
             return *kernels.gradients(weight, step, bits, grad, scale, pool), None
         # Higher derivatives and batches of gradients: the same by ordinary operations.
         steps = ctx.quantizer._per_weight(step.detach(), weight)

@@ -436,11 +436,17 @@ def test_memory_is_used_again_from_step_to_step():
 
 def test_the_pool_keeps_little():
     pool = kernels.Pool()
-    loans = [pool.empty_like(torch.ones(10)) for _ in range(50)]
-    assert not pool._free
+    loans = [pool.empty_like(torch.ones(10))[0] for _ in range(50)]
+    assert len({loan.data_ptr() for loan in loans}) == 50
+    assert len(pool._slots) == pool.kept
+    addresses = {loan.data_ptr() for loan in loans[:4]}
     del loans
-    assert len(pool._free) == pool.kept
-    assert pool.empty_like(torch.ones(3)).shape == (3,)
+    again, memory = pool.empty_like(torch.ones(10))
+    assert again.data_ptr() in addresses
+    memory[:] = 7.0
+    assert (again == 7.0).all()
+    assert pool.empty_like(torch.ones(3))[0].shape == (3,)
+    assert len(pool._slots) == pool.kept
 
 
 def test_incoming_gradients_are_left_as_they_are():
