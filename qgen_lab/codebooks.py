@@ -123,17 +123,10 @@ class Codebook:
         flat = np.ascontiguousarray(_computable(w)).reshape(-1)
         wide_table = _computable(table)
         out = np.empty(flat.shape, wide_table.dtype)
-        find = _find_on_even_grid if self._evenly_spaced else _find_anywhere
-        nans = find(flat, self.levels, self._padded_thresholds, wide_table, out)
+        nans = _find(flat, self.levels, self._padded_thresholds, wide_table, out)
         if nans:
             raise ValueError(f"w holds NaN in {nans} of {w.size} places: remove or replace them")
         return out.astype(table.dtype, copy=False).reshape(w.shape)[()]
-
-    @cached_property
-    def _evenly_spaced(self) -> bool:
-        """Whether a division finds each weight's level to within one place."""
-        even = np.linspace(self.levels[0], self.levels[-1], len(self))
-        return bool(np.abs(self.levels - even).max() < 0.25 * (even[1] - even[0]))
 
     @cached_property
     def _padded_thresholds(self) -> NDArray[np.float64]:
@@ -141,48 +134,34 @@ class Codebook:
         return np.concatenate([[-np.inf], self.thresholds, [np.inf]])
 
 
-@numba.njit(cache=True)
-def _find_on_even_grid(w, levels, bounds, table, out):
-    """Fill `out` with `table[k]`, guessing k by a division; return the number of NaN."""
-    first, last = levels[0], levels[-1]
-    per_level = (len(levels) - 1) / (last - first)
-    nans = 0
-    for i in range(len(w)):
-        x = np.float64(w[i])
-        if x != x:
-            nans += 1
-            continue
-        x = min(max(x, first), last)
-        k = int((x - first) * per_level + 0.5)
-        # The guess is off by one at most; at a threshold the even index wins.
-        odd = k & 1
-        if x > bounds[k + 1] or (odd and x == bounds[k + 1]):
-            k += 1
-        elif x < bounds[k] or (odd and x == bounds[k]):
-            k -= 1
-        out[i] = table[k]
-    return nans
+_BLOCK = 64
 
 
 @numba.njit(cache=True)
-def _find_anywhere(w, levels, bounds, table, out):
-    """Fill `out` with `table[k]`, finding k by bisection; return the number of NaN."""
+def _find(w, levels, bounds, table, out):
+    """Fill `out` with `table[k]`, k the index of each weight's level; return the number of NaN.
+
+    Bisection, a block of weights side by side, so that the searches overlap in the processor.
+    """
     nans = 0
-    for i in range(len(w)):
-        x = np.float64(w[i])
-        if x != x:
-            nans += 1
-            continue
-        x = min(max(x, levels[0]), levels[-1])
-        # Largest k with bounds[k] < x, halving without a branch to mispredict.
-        k, size = 0, len(levels)
+    x, k = np.empty(_BLOCK), np.empty(_BLOCK, np.int64)
+    for start in range(0, len(w), _BLOCK):
+        n = min(_BLOCK, len(w) - start)
+        for i in range(n):
+            weight = np.float64(w[start + i])
+            nans += weight != weight
+            x[i] = min(max(weight, levels[0]), levels[-1])
+            k[i] = 0
+        # The largest k with bounds[k] < x, in a number of steps that is the same for all.
+        size = len(levels)
         while size > 1:
             half = size // 2
-            k += half if bounds[k + half] < x else 0
+            for i in range(n):
+                k[i] += half if bounds[k[i] + half] < x[i] else 0
             size -= half
-        if (k & 1) and x == bounds[k + 1]:
-            k += 1
-        out[i] = table[k]
+        for i in range(n):
+            at_odd = (k[i] & 1) and x[i] == bounds[k[i] + 1]
+            out[start + i] = table[k[i] + (1 if at_odd else 0)]
     return nans
 
 
