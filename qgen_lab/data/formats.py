@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,10 +257,7 @@ def _read_cifar(root: Path, download: bool, source: type, sheets: Sheets) -> Arr
     _require_files(folder, batches)
     for name, md5 in batches.items():
         _verify_file(folder / name, md5)  # before anything is unpickled
-    with warnings.catch_warnings():
-        # The official pickles are older than NumPy's present form of a dtype.
-        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-        train, test = (source(folder.parent, train=train) for train in (True, False))
+    train, test = (source(folder.parent, train=train) for train in (True, False))
     return Arrays(
         *((np.ascontiguousarray(part.data), np.array(part.targets)) for part in (train, test)),
         classes=tuple(train.classes),
