@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Small models: one thread a process is the fastest and the most repeatable setting.
 export OMP_NUM_THREADS ?= 1
+# Threads that wait must not spin: on a busy machine that costs ten times the work itself.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help book test lint bench refresh lock clean
 

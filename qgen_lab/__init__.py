@@ -1,4 +1,4 @@
-"""Models with few-bit weights: whether, when and why they generalize better, and which bits and width to pick.
+"""Models with few-bit weights: whether, when and why they generalize better, and which to pick.
 
 The rooms, from the ground floor up: `codebooks`, `theory` and `data`, `qat`, `flatness`,
 `experiments`; `plotting` stands beside them. Each is imported on first use.

@@ -13,16 +13,8 @@ from qgen_lab.qat.quantizers import (
     quantize_weights,
     step_sizes,
 )
-from qgen_lab.qat.training import (
-    Diverged,
-    Evaluation,
-    History,
-    Recipe,
-    accuracy,
-    evaluate,
-    fit,
-    recipes,
-)
+from qgen_lab.qat.recipes import Recipe, recipes
+from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evaluate, fit
 
 __all__ = [
     "LSQ",

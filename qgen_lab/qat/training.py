@@ -11,10 +11,9 @@ thread count, and every other global setting, as it finds it.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,133 +30,16 @@ from torch.nn.functional import (
 )
 from tqdm import tqdm
 
-from qgen_lab.data import Dataset, Splits, augmentations
+from qgen_lab.data import Dataset, Splits
+from qgen_lab.qat.batches import Batches, Source, channels_last, device_of
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.quantizers import parameter_groups
+from qgen_lab.qat.recipes import OPTIMIZERS, SCHEDULES, Recipe
 
-__all__ = ["Diverged", "Evaluation", "History", "Recipe", "accuracy", "evaluate", "fit", "recipes"]
+__all__ = ["Diverged", "Evaluation", "History", "accuracy", "evaluate", "fit"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Metrics = Mapping[str, Loss]
-Batches = Iterable[tuple[Tensor, Tensor]]
-
-_OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], torch.optim.Optimizer]] = {
-    "sgd": lambda groups, recipe: torch.optim.SGD(
-        groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=True
-    ),
-    "adam": lambda groups, recipe: torch.optim.Adam(
-        groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), fused=True
-    ),
-    "rmsprop": lambda groups, recipe: torch.optim.RMSprop(
-        groups, lr=recipe.learning_rate, momentum=recipe.momentum
-    ),
-}
-_SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, "Recipe"], Any]] = {
-    "constant": lambda optimizer, recipe: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
-    "multi-step": lambda optimizer, recipe: torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, recipe.milestones, recipe.gamma
-    ),
-}
-_KEEP = ("lowest-train-loss", "last")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: everything but the model, the data and the seed.
-
-    Change one with ``dataclasses.replace(recipe, epochs=30)``.
-
-    Parameters
-    ----------
-    epochs : int
-        Passes over the training set.
-    batch_size : int
-        Samples per step; the last batch of an epoch may be shorter.
-    optimizer : {"sgd", "adam", "rmsprop"}
-        As in `torch.optim`.
-    learning_rate : float
-        Rate of the first epoch.
-    momentum : float
-        Decay of the running mean of the gradients, in [0, 1): the momentum of SGD and RMSprop (0
-        for the plain RMSprop), the first beta of Adam.
-    weight_decay : float
-        Added to the gradient as ``weight_decay * parameter``, for all three optimizers. It acts on
-        every parameter, biases and batch norm too, as in the papers, but not on the step sizes of
-        quantizers.
-    schedule : {"constant", "multi-step"}
-        With "multi-step" the rate is multiplied by `gamma` after each epoch in `milestones`.
-    milestones : tuple of int
-        Ascending numbers of epochs; those beyond `epochs` are never reached.
-    gamma : float
-        Factor on the learning rate at a milestone.
-    augmentation : str
-        A name in `qgen_lab.data.augmentations`, applied to training batches only.
-    keep : {"lowest-train-loss", "last"}
-        The epoch whose weights the model holds when `fit` returns.
-    stop_at_loss : float, optional
-        Stop after the first epoch whose training loss is at most this.
-
-    Raises
-    ------
-    ValueError
-        If a field is out of its range.
-    """
-
-    epochs: int
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "constant"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    augmentation: str = "none"
-    keep: str = "lowest-train-loss"
-    stop_at_loss: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        steps = self.milestones
-        ascending = all(map(_is_count, steps)) and list(steps) == sorted(set(steps))
-        rules = {
-            "epochs": (_is_count(self.epochs), "a positive integer"),
-            "batch_size": (_is_count(self.batch_size), "a positive integer"),
-            "optimizer": (self.optimizer in _OPTIMIZERS, f"one of {sorted(_OPTIMIZERS)}"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "positive"),
-            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "zero or positive"),
-            "schedule": (self.schedule in _SCHEDULES, f"one of {sorted(_SCHEDULES)}"),
-            "milestones": (
-                ascending and (steps or self.schedule != "multi-step"),
-                "ascending positive integers, at least one for the schedule 'multi-step'",
-            ),
-            "gamma": (0 < self.gamma < math.inf, "positive"),
-            "augmentation": (self.augmentation in augmentations, f"one of {sorted(augmentations)}"),
-            "keep": (self.keep in _KEEP, f"one of {_KEEP}"),
-            "stop_at_loss": (self.stop_at_loss is None or self.stop_at_loss > 0, "positive"),
-        }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-
-
-recipes: dict[str, Recipe] = {
-    # arXiv 2404.11769, appendix B.1.
-    "qgen-nin": Recipe(epochs=300, schedule="multi-step", milestones=(100, 200)),
-    "qgen-resnet": Recipe(epochs=200, schedule="multi-step", milestones=(80, 160)),
-    # Appendix C.1: fine-tuning of a trained network.
-    "qgen-imagenet": Recipe(
-        epochs=120, learning_rate=0.01, schedule="multi-step", milestones=(30, 60, 90)
-    ),
-    # The shape of "qgen-nin", shortened for 1,437 images of 8x8: some seconds a run.
-    "digits-nin": Recipe(epochs=60, schedule="multi-step", milestones=(20, 40)),
-}
-"""Recipes by name: the papers', and one for the embedded digits."""
 
 
 @dataclass(frozen=True)
@@ -355,20 +237,20 @@ def fit(
     if device is not None:
         model.to(device)
     splits = (data.train, data.validation) if isinstance(data, Splits) else (data, None)
-    training, validation = (_Source(part, model) if part is not None else None for part in splits)
+    training, validation = (Source(part, model) if part is not None else None for part in splits)
     if recipe.augmentation != "none" and not isinstance(training.data, Dataset):
         raise ValueError(
             f"recipe.augmentation {recipe.augmentation!r} needs data in a Dataset; "
             "set it to 'none' and augment in the iterable instead"
         )
     with ExitStack() as stack:
-        stack.enter_context(seeded(seed, _device(model)))
+        stack.enter_context(seeded(seed, device_of(model)))
         metrics = _check(model, training, loss, metrics)
         bar = stack.enter_context(_bar(recipe, training, progress))
-        optimizer = _OPTIMIZERS[recipe.optimizer](
+        optimizer = OPTIMIZERS[recipe.optimizer](
             parameter_groups(model, recipe.weight_decay), recipe
         )
-        schedule = _SCHEDULES[recipe.schedule](optimizer, recipe)
+        schedule = SCHEDULES[recipe.schedule](optimizer, recipe)
         generator = torch.Generator().manual_seed(seed)
         epochs: list[_Epoch] = []
         kept_epoch, kept_state = 0, {}
@@ -376,7 +258,7 @@ def fit(
             start, rate = time.perf_counter(), schedule.get_last_lr()[0]
             try:
                 batches = training.shuffled(recipe, generator)
-                with _channels_last(model):
+                with channels_last(model):
                     running_loss = _train_epoch(model, batches, loss, optimizer, bar)
                     train = _evaluate(model, training.batches(), loss, metrics)
                     valid = validation and _evaluate(model, validation.batches(), loss, metrics)
@@ -436,7 +318,7 @@ def evaluate(
     """
     if isinstance(data, Splits):
         raise TypeError("data holds several splits; give one of them, such as data.test")
-    source = _Source(data, model)
+    source = Source(data, model)
     with _modes_restored(model), seeded(0, source.device):
         metrics = _check(model, source, loss, metrics)
         return _evaluate(model, source.batches(batch_size), loss, metrics)
@@ -573,102 +455,13 @@ def _layer_of(module_name: str) -> str:
     return module_name.partition(".parametrizations")[0] or "model"
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """A pair of tensors, in batches."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.targets):
-            raise ValueError(f"data has {len(self.inputs)} inputs for {len(self.targets)} targets")
-
-    def batches(
-        self, batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        size = len(self.targets)
-        order = torch.randperm(size, generator=generator) if shuffle else torch.arange(size)
-        for indices in order.split(batch_size):
-            yield self.inputs[indices], self.targets[indices]
-
-
-class _Source:
-    """Batches of any kind of data, on the model's device and in its memory format."""
-
-    def __init__(self, data: Any, model: nn.Module) -> None:
-        self.device = _device(model)
-        self.image_format = _image_format(model)
-        self.has_batch_norm = any(isinstance(module, _BATCH_NORM) for module in model.modules())
-        if isinstance(data, Dataset):
-            data = data.to(self.device)
-        elif isinstance(data, tuple) and _is_pair(data):
-            data = _Tensors(*(part.to(self.device) for part in data))
-        elif not isinstance(data, Iterable) or isinstance(data, Iterator | Tensor):
-            raise TypeError(
-                "data must be Splits, a Dataset, a pair of tensors (inputs, targets), or an "
-                "iterable of such pairs that can be gone through again, such as a DataLoader; "
-                f"got {type(data).__name__}"
-            )
-        self.data = data
-
-    @property
-    def targets(self) -> Tensor | None:
-        """All targets, where they lie in one tensor."""
-        return self.data.targets if isinstance(self.data, Dataset | _Tensors) else None
-
-    def steps(self, batch_size: int) -> int | None:
-        """Batches per pass, where known."""
-        if self.targets is not None:
-            return math.ceil(len(self.targets) / batch_size)
-        return len(self.data) if hasattr(self.data, "__len__") else None
-
-    def batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """The clean pass."""
-        return self._placed(self.data if self.targets is None else self.data.batches(batch_size))
-
-    def shuffled(
-        self, recipe: Recipe, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one training epoch."""
-        batches = self.data
-        if self.targets is not None:
-            options = {"shuffle": True, "generator": generator}
-            if isinstance(self.data, Dataset):
-                options["augmentation"] = recipe.augmentation
-            batches = self.data.batches(recipe.batch_size, **options)
-        full = 0
-        for inputs, targets in self._placed(batches):
-            full = full or len(targets)
-            if len(targets) == 1 < full and self.has_batch_norm:
-                continue
-            yield inputs, targets
-
-    def _placed(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            if not _is_pair(batch):
-                raise TypeError(f"a batch must be a pair of tensors, got {type(batch).__name__}")
-            inputs, targets = batch
-            image_format = self.image_format if inputs.dim() == 4 else torch.preserve_format
-            yield (
-                inputs.to(self.device, non_blocking=True, memory_format=image_format),
-                targets.to(self.device, non_blocking=True),
-            )
-
-
-def _is_pair(batch: Any) -> bool:
-    is_sequence = isinstance(batch, tuple | list) and len(batch) == 2
-    return is_sequence and all(isinstance(part, Tensor) for part in batch)
-
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _CLASS_LOSSES = (cross_entropy, nll_loss)
 _ELEMENTWISE_LOSSES = (mse_loss, l1_loss, smooth_l1_loss, huber_loss)
 _IGNORE_INDEX = -100
 
 
 @torch.no_grad()
-def _check(model: nn.Module, source: _Source, loss: Loss, metrics: Metrics | None) -> Metrics:
+def _check(model: nn.Module, source: Source, loss: Loss, metrics: Metrics | None) -> Metrics:
     """Try a forward pass of two samples; the metrics to use."""
     inputs, targets = next(source.batches(), (None, None))
     if targets is None or len(targets) == 0:
@@ -710,35 +503,6 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise ValueError("model has no parameters")
-    return parameter.device
-
-
-def _image_format(model: nn.Module) -> torch.memory_format:
-    """Channels last for convolutions on a CPU, where it can halve the time of a step."""
-    has_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    if has_images and _device(model).type == "cpu":
-        return torch.channels_last
-    return torch.preserve_format
-
-
-@contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Hold kernels in the model's image format inside the block, and as they were after it."""
-    kernels = [p for p in model.parameters() if p.dim() == 4 and p.is_contiguous()]
-    image_format = _image_format(model)
-    for kernel in kernels:
-        kernel.data = kernel.data.to(memory_format=image_format)
-    try:
-        yield
-    finally:
-        for kernel in kernels:
-            kernel.data = kernel.data.contiguous()
-
-
 @contextmanager
 def _modes_restored(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
@@ -757,7 +521,7 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _bar(recipe: Recipe, training: _Source, progress: bool | None) -> tqdm:
+def _bar(recipe: Recipe, training: Source, progress: bool | None) -> tqdm:
     """A bar over all steps; tqdm hides it by itself where there is no terminal."""
     steps = training.steps(recipe.batch_size)
     return tqdm(

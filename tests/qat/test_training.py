@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from qgen_lab.data import load_dataset
 from qgen_lab.qat.models import mlp, nin
 from qgen_lab.qat.quantizers import quantize_weights, step_sizes
-from qgen_lab.qat.training import Diverged, Evaluation, Recipe, accuracy, evaluate, fit, recipes
+from qgen_lab.qat.recipes import Recipe, recipes
+from qgen_lab.qat.training import Diverged, Evaluation, accuracy, evaluate, fit
 
 SHORT = Recipe(epochs=2, batch_size=8, weight_decay=0.0)
 

@@ -1,0 +1,131 @@
+"""How to train, as data: one frozen `Recipe`, and the papers' recipes by name."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from qgen_lab.data import augmentations
+
+__all__ = ["Recipe", "recipes"]
+
+OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, recipe: torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=True
+    ),
+    "adam": lambda groups, recipe: torch.optim.Adam(
+        groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), fused=True
+    ),
+    "rmsprop": lambda groups, recipe: torch.optim.RMSprop(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum
+    ),
+}
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, "Recipe"], Any]] = {
+    "constant": lambda optimizer, recipe: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
+    "multi-step": lambda optimizer, recipe: torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, recipe.milestones, recipe.gamma
+    ),
+}
+_KEEP = ("lowest-train-loss", "last")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything but the model, the data and the seed.
+
+    Change one with ``dataclasses.replace(recipe, epochs=30)``.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the training set.
+    batch_size : int
+        Samples per step; the last batch of an epoch may be shorter.
+    optimizer : {"sgd", "adam", "rmsprop"}
+        As in `torch.optim`.
+    learning_rate : float
+        Rate of the first epoch.
+    momentum : float
+        Decay of the running mean of the gradients, in [0, 1): the momentum of SGD and RMSprop (0
+        for the plain RMSprop), the first beta of Adam.
+    weight_decay : float
+        Added to the gradient as ``weight_decay * parameter``, for all three optimizers. It acts on
+        every parameter, biases and batch norm too, as in the papers, but not on the step sizes of
+        quantizers.
+    schedule : {"constant", "multi-step"}
+        With "multi-step" the rate is multiplied by `gamma` after each epoch in `milestones`.
+    milestones : tuple of int
+        Ascending numbers of epochs; those beyond `epochs` are never reached.
+    gamma : float
+        Factor on the learning rate at a milestone.
+    augmentation : str
+        A name in `qgen_lab.data.augmentations`, applied to training batches only.
+    keep : {"lowest-train-loss", "last"}
+        The epoch whose weights the model holds when `fit` returns.
+    stop_at_loss : float, optional
+        Stop after the first epoch whose training loss is at most this.
+
+    Raises
+    ------
+    ValueError
+        If a field is out of its range.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    augmentation: str = "none"
+    keep: str = "lowest-train-loss"
+    stop_at_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        steps = self.milestones
+        ascending = all(map(_is_count, steps)) and list(steps) == sorted(set(steps))
+        rules = {
+            "epochs": (_is_count(self.epochs), "a positive integer"),
+            "batch_size": (_is_count(self.batch_size), "a positive integer"),
+            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {sorted(OPTIMIZERS)}"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "positive"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "zero or positive"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {sorted(SCHEDULES)}"),
+            "milestones": (
+                ascending and (steps or self.schedule != "multi-step"),
+                "ascending positive integers, at least one for the schedule 'multi-step'",
+            ),
+            "gamma": (0 < self.gamma < math.inf, "positive"),
+            "augmentation": (self.augmentation in augmentations, f"one of {sorted(augmentations)}"),
+            "keep": (self.keep in _KEEP, f"one of {_KEEP}"),
+            "stop_at_loss": (self.stop_at_loss is None or self.stop_at_loss > 0, "positive"),
+        }
+        for name, (holds, allowed) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+recipes: dict[str, Recipe] = {
+    # arXiv 2404.11769, appendix B.1.
+    "qgen-nin": Recipe(epochs=300, schedule="multi-step", milestones=(100, 200)),
+    "qgen-resnet": Recipe(epochs=200, schedule="multi-step", milestones=(80, 160)),
+    # Appendix C.1: fine-tuning of a trained network.
+    "qgen-imagenet": Recipe(
+        epochs=120, learning_rate=0.01, schedule="multi-step", milestones=(30, 60, 90)
+    ),
+    # The shape of "qgen-nin", shortened for 1,437 images of 8x8: some seconds a run.
+    "digits-nin": Recipe(epochs=60, schedule="multi-step", milestones=(20, 40)),
+}
+"""Recipes by name: the papers', and one for the embedded digits."""
