@@ -176,21 +176,39 @@ def test_standard_errors_of_projections_are_honest():
     assert ((scores.std(0) > 0.6) & (scores.std(0) < 1.5)).all()
 
 
-# Monte Carlo draws from seed 0, chosen before the first run. With bins of 0.01 the fourth order is
-# about 1e-4 of the second, far below the standard error; a right prediction then lies within 2
-# standard errors with probability 0.95, and a fixed seed makes the outcome repeat.
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", MODELS)
-def test_monte_carlo_confirms_both_halves(name, loss):
+@cache
+def predicted_and_measured(name: str, loss: str):
+    """With bins of 0.01 the fourth order is about 1e-4 of the second, far below the errors here."""
     model, mode = trained(name, loss)
     arguments = {"bin_widths": 0.01, "batch_norm": mode, "batch_size": 96, "loss": loss}
     predicted = noise_regularizer(model, DIGITS, method="exact", **arguments)
-    measured = noise_response(model, DIGITS, draws=1000, seed=0, **arguments)
-    difference = measured.output_change - predicted.total
-    assert abs(difference) < 2 * measured.output_change_standard_error
-    assert measured.output_change_standard_error < 0.02 * predicted.total
+    return predicted, noise_response(model, DIGITS, draws=500, seed=0, **arguments)
+
+
+CASES = [(name, loss) for name in MODELS for loss in LOSSES]
+
+
+@pytest.mark.parametrize(("name", "loss"), CASES)
+def test_both_halves_within_five_percent_of_the_measured_rise(name, loss):
+    predicted, measured = predicted_and_measured(name, loss)
     assert predicted.second_order == pytest.approx(measured.increase, rel=0.05)
-    assert measured.increase_standard_error < 0.02 * measured.increase
+    assert measured.increase_standard_error < 0.025 * measured.increase
+
+
+def test_regularizer_within_two_standard_errors_of_monte_carlo():
+    """A right prediction lies within 2 standard errors in 95 of 100 cases, not in all.
+
+    So of these ten, with one seed for all, up to three may lie outside: four or more do so with
+    probability 0.001. None may be outside 4. The fixed seed makes the outcome repeat.
+    """
+    scores = {}
+    for case in CASES:
+        predicted, measured = predicted_and_measured(*case)
+        error = measured.output_change_standard_error
+        assert error < 0.025 * predicted.total
+        scores[case] = abs(measured.output_change - predicted.total) / error
+    assert sum(score < 2 for score in scores.values()) >= 7, scores
+    assert max(scores.values()) < 4, scores
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -208,14 +226,10 @@ def test_monte_carlo_covers_over_many_seeds(loss):
     assert (inside >= 50).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "state", "loss"),
-    [("tanh", build, "squared"), ("batch norm", build, "squared")],
-    ids=["tanh", "batch norm"],
-)
-def test_equation_7_alone_is_off_by_more_than_30_percent(name, state, loss):
-    model, mode = state(name)
-    arguments = {"bin_widths": 0.02, "batch_norm": mode, "batch_size": 96, "loss": loss}
+@pytest.mark.parametrize("name", ["tanh", "batch norm"])
+def test_equation_7_alone_is_off_by_more_than_30_percent(name):
+    model, mode = build(name)
+    arguments = {"bin_widths": 0.02, "batch_norm": mode, "batch_size": 96}
     predicted = noise_regularizer(model, DIGITS, method="exact", **arguments)
     measured = noise_response(model, DIGITS, draws=1000, **arguments)
     assert abs(predicted.total - measured.increase) > 0.3 * abs(measured.increase)
@@ -229,7 +243,7 @@ def test_weights_of_piecewise_linear_networks_have_no_second_derivative():
     # Few samples, tiny bins: no noise reaches a kink, and R(Delta) is all there is.
     few = DIGITS.take(torch.arange(4))
     predicted = noise_regularizer(model, few, 1e-4)
-    measured = noise_response(model, few, 1e-4, draws=2000)
+    measured = noise_response(model, few, 1e-4, draws=1000)
     assert predicted.total == pytest.approx(measured.increase, rel=0.05)
 
 
