@@ -32,11 +32,6 @@ def test_the_two_operators_are_declared():
         ]
 
 
-def test_imported_first_it_makes_the_plain_import_work():
-    done = run("import qgen_lab._torchvision, torchvision; import torchvision.datasets")
-    assert done.returncode == 0, done.stderr
-
-
 def test_it_recovers_from_a_plain_import_that_failed():
     done = run(
         "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"
