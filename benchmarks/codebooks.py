@@ -74,7 +74,9 @@ def main():
     table["code / floor"] = table["code"] / table["floor of code"]
     table["NumPy / quantize"] = table["NumPy"] / table["quantize"]
     table["torch / quantize"] = table["torch"] / table["quantize"]
-    print(f"{w.size:.0e} float32 weights, CPU seconds, median of {arguments.rounds} rounds, one thread")
+    print(
+        f"{w.size:.0e} float32 weights, CPU seconds, median of {arguments.rounds} rounds, one thread"
+    )
     print(table.round(3).to_string())
 
 
