@@ -74,9 +74,7 @@ def main():
     table["code / floor"] = table["code"] / table["floor of code"]
     table["NumPy / quantize"] = table["NumPy"] / table["quantize"]
     table["torch / quantize"] = table["torch"] / table["quantize"]
-    print(
-        f"{w.size:.0e} float32 weights, CPU seconds, median of {arguments.rounds} rounds, one thread"
-    )
+    print(f"{w.size:.0e} float32 weights, CPU seconds, one thread, {arguments.rounds} rounds")
     print(table.round(3).to_string())
 
 
