@@ -96,6 +96,14 @@ def test_ci_runs_the_readme_test_command():
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("\nmake test")
 
 
+def test_readme_picture_is_the_books_own(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book")
+    from refresh import COVER, stored_figure
+
+    assert str(COVER.relative_to(ROOT)) in (ROOT / "README.md").read_text()
+    assert COVER.read_text() == stored_figure(ROOT / "book/intro.ipynb", "fig-first-answer")
+
+
 def tracked_files() -> list[Path]:
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
