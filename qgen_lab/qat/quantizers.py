@@ -334,6 +334,9 @@ def bake(model: nn.Module) -> nn.Module:
     """
     quantized = [(layer, layer.weight) for _, layer, _ in _quantized(model)]
     for layer, weight in quantized:
+        # A deep copy shares the class that torch made for the layer, and torch would strip that.
+        made = type(layer)
+        layer.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         layer.weight.copy_(weight)
     return model

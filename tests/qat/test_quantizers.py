@@ -671,6 +671,17 @@ def test_bake_leaves_plain_weights_on_the_grid():
     assert not step_sizes(model)
 
 
+def test_a_copy_is_baked_by_itself():
+    model = quantize_weights(network(), 3).eval()
+    expected = model(images())
+    baked = bake(copy.deepcopy(model))
+    assert len(step_sizes(model)) == 3
+    assert torch.equal(model(images()), expected)
+    assert torch.equal(copy.deepcopy(model)(images()), expected)
+    assert torch.equal(baked(images()), expected)
+    assert torch.equal(copy.deepcopy(baked)(images()), expected)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
