@@ -1,5 +1,6 @@
 """Every page of the built book, opened from `file://`: whole, quiet, and right on a phone."""
 
+import importlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_anchors_are_unique(parsed):
     for path, html in parsed.items():
         names = Counter(tag["id"] for tag in html.find_all(id=True))
         assert [name for name, n in names.items() if n > 1] == [], path.name
+
+
+@pytest.mark.parametrize("room", ["theory", "data", "qat", "flatness", "plotting"])
+def test_every_public_name_is_documented(book, parsed, room):
+    module = importlib.import_module(f"qgen_lab.{room}")
+    documented = {tag["id"] for tag in parsed[book / f"book/api/{room}.html"].find_all(id=True)}
+    assert {f"qgen_lab.{room}.{name}" for name in module.__all__} - documented == set()
 
 
 def test_citations_lead_to_the_bibliography(book, parsed):
