@@ -185,6 +185,8 @@ def lsq_grid(bits: int, step: float) -> Codebook:
     `{-step, +step}`; there the even-index rule sends a weight of exactly zero to `-step`, whereas
     the one-bit quantizer of `qgen_lab.qat` takes sign(0) = +1.
 
+    Notes
+    -----
     Source: Esser et al., Learned Step Size Quantization, 2020, Eq. 1 and 2.
     """
     bits, step = check_bits(bits), _positive("step", step)
@@ -223,6 +225,8 @@ def lloyd_max(bits: int, samples: ArrayLike | None = None) -> Codebook:
     ValueError
         If `samples` holds NaN or infinity, or fewer distinct values than there are levels.
 
+    Notes
+    -----
     Source: Lloyd, Least squares quantization in PCM, 1982; Max, Quantizing for minimum
     distortion, 1960.
     """

@@ -30,7 +30,7 @@ class Quantizer(nn.Module, ABC):
 
     A member is built by `member(weight, bits, channel_dim)`: `weight` is the float weight it starts
     from, `channel_dim` the dimension of the output channels if each is to have a grid of its own,
-    else None. Its learned parameters are its own `nn.Parameter`s; they take no weight decay.
+    else None. What it learns are its own `nn.Parameter` objects; they take no weight decay.
 
     Attributes
     ----------
