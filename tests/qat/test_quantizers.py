@@ -571,6 +571,28 @@ def test_jacobians_by_batches_of_gradients():
             torch.testing.assert_close(found[i], expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+def test_forward_mode_and_parameters_from_outside():
+    model, _ = pair()
+    model.eval()
+    x = images()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    directions = {name: normal(p.numel()).view(p.shape) for name, p in parameters.items()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    _, slope = torch.func.jvp(loss, (parameters,), (directions,))
+    model(x).square().mean().backward()
+    expected = sum((p.grad * directions[name]).sum() for name, p in model.named_parameters())
+    torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-5)
+
+    name = "0.parametrizations.weight.0.step"
+    parameters[name].fill_(-1.0)  # a caller's tensor counts as the floor, and stays as it is
+    assert loss(parameters).isfinite()
+    assert parameters[name] == -1.0
+
+
 @pytest.mark.parametrize("bits", [1, 3])
 def test_second_derivatives_equal_those_of_ordinary_operations(bits):
     weight = normal(4, 6)
