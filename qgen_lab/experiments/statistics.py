@@ -41,7 +41,8 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def __format__(self, spec: str) -> str:
-        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        text = f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        return text.replace(" ", "\N{NO-BREAK SPACE}")  # stays on one line of a table
 
     def __str__(self) -> str:
         return format(self, ".4g")

@@ -100,7 +100,8 @@ def test_crossed_interval_is_reproducible_and_counts_diverged_rows():
 
 def test_interval_reads_like_a_number():
     interval = Interval(0.12345, -0.1, 0.3, 0.95, 8)
-    assert f"{interval:+.2f}" == "+0.12 [-0.10, +0.30]"
+    assert f"{interval:+.2f}" == "+0.12\N{NO-BREAK SPACE}[-0.10,\N{NO-BREAK SPACE}+0.30]"
+    assert str(interval).split() == ["0.1235", "[-0.1,", "0.3]"]
     assert not interval.excludes_zero
     assert Interval(-2.0, -3.0, -1.0, 0.95, 8).excludes_zero
 
