@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
 
 from qgen_lab import qat
 
@@ -188,13 +187,7 @@ def weight_function(
 
 def _still_copy(model: nn.Module, batch_norm: str) -> nn.Module:
     """A copy with plain weights, nothing random, and no running statistics to update."""
-    network = copy.deepcopy(model)
-    for module in network.modules():
-        if parametrize.is_parametrized(module):
-            # A copy shares its generated class with the model, and baking takes that class apart.
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-    qat.bake(network)
+    network = qat.bake(copy.deepcopy(model))
     network.eval().requires_grad_(False)
     if batch_norm == "batch":
         for module in network.modules():

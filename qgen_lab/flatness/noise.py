@@ -23,8 +23,8 @@ from qgen_lab.flatness.function import (
     weight_function,
 )
 
-EXACT_LIMIT = 4096
-"""Number of weights up to which ``method="auto"`` is exact."""
+EXACT_LIMIT = 2**25
+"""Weights times outputs of all samples up to which ``method="auto"`` is exact: about half a minute."""
 _VMAP_ELEMENTS = 2**22  # numbers that a vectorised derivative holds at once, about
 
 BinWidths = float | Mapping[str, float | Tensor]
@@ -129,8 +129,8 @@ def noise_regularizer(
     loss : {"squared", "cross_entropy"}
     method : {"auto", "exact", "projections"}
         "exact" goes through every output of every sample and every weight; "projections" estimates
-        both traces from products with `draws` vectors of random signs; "auto" is exact up to
-        `EXACT_LIMIT` weights.
+        both traces from products with `draws` vectors of random signs; "auto" is exact while
+        weights times outputs of all samples are at most `EXACT_LIMIT`.
     draws : int
         Number of projections, at least 2.
     batch_norm : {"frozen", "batch"}
@@ -179,7 +179,8 @@ def noise_regularizer(
     deviations = {name: width / math.sqrt(12) for name, width in widths.items()}
 
     if method == "auto":
-        method = "exact" if function.size <= EXACT_LIMIT else "projections"
+        work = function.size * sum(f.numel() for f in function.outputs)
+        method = "exact" if work <= EXACT_LIMIT else "projections"
     if method == "exact":
         parts = [_exact_gauss_newton(function, deviations), _exact_residual(function, deviations)]
         halves = torch.stack(parts)[None]

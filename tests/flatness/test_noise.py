@@ -218,7 +218,7 @@ def test_monte_carlo_covers_over_many_seeds(loss):
     predicted = noise_regularizer(model, data, 0.01, loss=loss)
     inside = torch.zeros(2)
     for seed in range(60):
-        found = noise_response(model, data, 0.01, loss=loss, draws=60, seed=seed)
+        found = noise_response(model, data, 0.01, loss=loss, draws=30, seed=seed)
         change = found.output_change - predicted.total
         increase = found.increase - predicted.second_order
         inside[0] += abs(change) < 2 * found.output_change_standard_error
