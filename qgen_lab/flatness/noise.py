@@ -24,7 +24,7 @@ from qgen_lab.flatness.function import (
 )
 
 EXACT_LIMIT = 2**25
-"""Weights times outputs of all samples up to which ``method="auto"`` is exact: about half a minute."""
+"""Weights times all outputs up to which ``method="auto"`` is exact: half a minute or less."""
 _VMAP_ELEMENTS = 2**22  # numbers that a vectorised derivative holds at once, about
 
 BinWidths = float | Mapping[str, float | Tensor]
@@ -125,7 +125,7 @@ def noise_regularizer(
     bin_widths : float, or mapping of layer name to float or Tensor; optional
         One number for all linear and convolution layers, or one for each layer named, or a tensor
         with one for each of its output channels. Only the weights of these layers carry noise.
-        By default the step sizes of a quantized model.
+        By default those of a quantized model.
     loss : {"squared", "cross_entropy"}
     method : {"auto", "exact", "projections"}
         "exact" goes through every output of every sample and every weight; "projections" estimates
@@ -170,7 +170,7 @@ def noise_regularizer(
     """
     check_choice("method", method, ("auto", "exact", "projections"))
     check_at_least("draws", draws, 2)
-    bin_widths = _default("bin_widths", bin_widths, qat.step_sizes(model))
+    bin_widths = _default("bin_widths", bin_widths, qat.bin_widths(model))
     layers = bin_widths if isinstance(bin_widths, Mapping) else None
     function = weight_function(
         model, data, layers, loss=loss, batch_norm=batch_norm, batch_size=batch_size
@@ -373,7 +373,7 @@ def noise_response(
     check_choice("noise", noise, ("uniform", "delta", "signs"))
     check_at_least("draws", draws, 2)
     if noise == "uniform":
-        size = bin_widths = _default("bin_widths", bin_widths, qat.step_sizes(model))
+        size = bin_widths = _default("bin_widths", bin_widths, qat.bin_widths(model))
     else:
         size = delta = _default("delta", delta, qat.quantization_noise(model))
     function = weight_function(

@@ -53,6 +53,11 @@ class Quantizer(nn.Module, ABC):
     def step_size(self) -> Tensor:
         """The grid's step in the weights' units: shape `()`, or `(channels,)` per channel."""
 
+    @property
+    def bin_width(self) -> Tensor:
+        """Distance of neighbouring levels, shaped as `step_size`, which it is by default."""
+        return self.step_size
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return what becomes the float weight when someone assigns `layer.weight = weight`."""
         return weight
@@ -102,6 +107,11 @@ class LSQ(Quantizer):
     def step_size(self) -> Tensor:
         """The step that the forward pass uses, detached: shape `()` or `(channels,)`."""
         return torch.maximum(self.step.detach(), self.floor)
+
+    @property
+    def bin_width(self) -> Tensor:
+        """The step; for one bit, whose levels are `-s` and `s`, twice the step."""
+        return self.step_size * (2 if self.bits == 1 else 1)
 
     def code(self, weight: Tensor) -> Tensor:
         """Return `round(clip(w / s))`, int32; -1 and 1 for one bit."""
@@ -305,6 +315,11 @@ def quantize_weights(
 def step_sizes(model: nn.Module) -> dict[str, Tensor]:
     """Step of each quantized layer in its weights' units, detached: shape `()` or `(channels,)`."""
     return {name: member.step_size.clone() for name, _, member in _quantized(model)}
+
+
+def bin_widths(model: nn.Module) -> dict[str, Tensor]:
+    """Distance of neighbouring levels in each quantized layer: `d` of Eq. 5, shaped as the step."""
+    return {name: member.bin_width.clone() for name, _, member in _quantized(model)}
 
 
 def bits_per_layer(model: nn.Module) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from qgen_lab import qat
 from qgen_lab.data import load_dataset
-from qgen_lab.flatness import noise_regularizer, noise_response
+from qgen_lab.flatness import noise, noise_regularizer, noise_response
 
 LOSSES = ("squared", "cross_entropy")
 DIGITS = load_dataset("digits").train.take(torch.arange(96))
@@ -277,7 +277,8 @@ def test_only_the_layers_named_carry_noise():
     assert noise_regularizer(model, DIGITS, {"1": 0.0}).second_order == 0
 
 
-def test_auto_chooses_by_size():
+def test_auto_chooses_by_size(monkeypatch):
+    monkeypatch.setattr(noise, "EXACT_LIMIT", 1000 * 10 * len(DIGITS))
     small = noise_regularizer(qat.mlp(64, [4], 10, seed=0), DIGITS, 0.1, draws=2)
     large = noise_regularizer(qat.mlp(64, [60], 10, seed=0), DIGITS, 0.1, draws=2)
     assert (small.method, small.draws) == ("exact", 0)
@@ -287,7 +288,7 @@ def test_auto_chooses_by_size():
 def test_quantized_model_brings_its_own_bin_widths():
     model = build("convolutions")[0]
     quantized = qat.quantize_weights(copy.deepcopy(model), 3, per_channel=True)
-    steps = qat.step_sizes(quantized)
+    steps = qat.bin_widths(quantized)
     found, measured = noise_regularizer(quantized, DIGITS), noise_response(quantized, DIGITS)
     # `delta` leads from the quantized weights back to the float ones.
     back = noise_response(quantized, DIGITS, noise="delta")

@@ -19,6 +19,7 @@ from qgen_lab.qat import (
     FixedCodebook,
     Quantizer,
     bake,
+    bin_widths,
     bits_per_layer,
     codes,
     kernels,
@@ -968,3 +969,12 @@ def test_empty_weights_are_refused():
     with pytest.raises(ValueError, match="'1' has no weights"):
         quantize_weights(model, 4)
     assert not parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_bin_width_is_the_distance_of_neighbouring_levels(bits):
+    model = quantize_weights(nn.Linear(64, 64), bits)
+    ((width,), (step,)) = bin_widths(model).values(), step_sizes(model).values()
+    levels = model.weight.detach().unique()
+    torch.testing.assert_close(levels.diff().min(), width)
+    torch.testing.assert_close(width, step * (2 if bits == 1 else 1))
