@@ -51,7 +51,7 @@ class Quantizer(nn.Module, ABC):
     @property
     @abstractmethod
     def step_size(self) -> Tensor:
-        """The grid's step in the weights' units: shape `()`, or `(channels,)` per channel."""
+        """The grid's step in the weights' units, of shape `()`, or `(channels,)` per channel."""
 
     @property
     def bin_width(self) -> Tensor:
@@ -105,7 +105,7 @@ class LSQ(Quantizer):
 
     @property
     def step_size(self) -> Tensor:
-        """The step that the forward pass uses, detached: shape `()` or `(channels,)`."""
+        """The step that the forward pass uses, detached, of shape `()` or `(channels,)`."""
         return torch.maximum(self.step.detach(), self.floor)
 
     @property
