@@ -74,6 +74,9 @@ class LSQ(Quantizer):
     One bit is `s sign(w)` with `sign(0) = 1`; all weights pass their gradient on, the step gets
     `sum G sign(w)`, times `1 / sqrt(n)`.
 
+    With many bits the loss hardly holds the step: at 8 bits, plain SGD at a large rate can let it
+    drift until weights are clipped, and then throw it up (the book's chapter on training shows it).
+
     The step never reaches zero: below `floor`, the step at which the grid reaches out to 1% of the
     root mean square of the initial weights, it counts as `floor`, and the next forward pass puts
     the parameter back there.
