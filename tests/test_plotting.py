@@ -158,7 +158,7 @@ def test_path_lies_where_the_axes_say():
     x = np.array([1.0, 10.0, 100.0])
     y = np.array([[0.0, 5.0, 10.0]])
     html = draw({"a": y}, x=x, sliders={"s": [1]}, xscale="log", ylim=(0, 10))
-    width, height = plotting._SIZE
+    width, height = plotting.interactive._SIZE
     assert f'd="M0.0 {height:.1f}L{width / 2:.1f} {height / 2:.1f}L{width:.1f} 0.0"' in html
 
 
