@@ -9,14 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qgen_lab.codebooks import MAX_BITS, Codebook
+from qgen_lab.codebooks import Codebook, check_bits
 from qgen_lab.qat import kernels
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -93,7 +92,7 @@ class LSQ(Quantizer):
 
     def __init__(self, weight: Tensor, bits: int, channel_dim: int | None = None):
         super().__init__()
-        self.bits = _check_bits(bits)
+        self.bits = check_bits(bits)
         self.channel_dim = channel_dim
         self.low, self.high = (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         self._pool = kernels.Pool()
@@ -459,18 +458,12 @@ def _bits_of(
 ) -> dict[str, int | None]:
     """Return the bits of each layer that is to be quantized."""
     if not isinstance(bits, Mapping):
-        return dict.fromkeys(chosen, None if bits is None else _check_bits(bits))
+        return dict.fromkeys(chosen, None if bits is None else check_bits(bits))
     widths = {}
     for pattern, value in bits.items():
         for name in _matching(chosen, pattern, "bits"):
-            widths[name] = _check_bits(value)
+            widths[name] = check_bits(value)
     return widths
-
-
-def _check_bits(bits: int) -> int:
-    if isinstance(bits, Integral) and not isinstance(bits, bool) and 1 <= bits <= MAX_BITS:
-        return int(bits)
-    raise ValueError(f"bits={bits!r}: give an integer from 1 to {MAX_BITS}")
 
 
 def _builder(quantizer) -> Callable[[Tensor, int | None, int | None], Quantizer]:

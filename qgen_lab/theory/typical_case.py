@@ -44,7 +44,8 @@ class RSSolution:
         Stability against replica symmetry breaking, stable if positive; minus infinity at T = 0.
     phase : str or ndarray
         "stable", "unstable" (replicon below 0) or "interpolating" (infinite susceptibility,
-        training error 0, the other figures in the limit of a vanishing ridge).
+        training error 0, the other figures in the limit of a vanishing ridge); "none" where the
+        branch asked for does not exist.
     converged : bool or ndarray
         Whether the residual is below 1e-9. If not, the figures are not a solution.
     iterations : int or ndarray
