@@ -935,7 +935,7 @@ class Reshaping(Ternary):
         (network, {"bits": True}, ValueError, "bits = True: use a whole number from 1 to 16"),
         (network, {"bits": "4"}, ValueError, "bits = '4': use a whole number from 1 to 16"),
         (network, {"bits": None}, ValueError, "bits = None: use a whole number"),
-        (network, {"bits": {"0": 4, "3": 40}}, ValueError, "bits = 40: use a whole number from 1 to 16"),
+        (network, {"bits": {"0": 4, "3": 40}}, ValueError, "bits = 40: use a whole number"),
         (network, {"bits": {"conv9": 4}}, ValueError, "bits='conv9' matches no layer.*0, 3, 6"),
         (network, {"bits": 4, "layers": "head"}, ValueError, "layers='head'.*0, 3, 6"),
         (network, {"bits": 4, "exclude": ["0", "x*"]}, ValueError, r"exclude='x\*'.*0, 3, 6"),
