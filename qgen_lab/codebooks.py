@@ -1,7 +1,8 @@
 """Codebooks: ascending sets of levels, rounding to the nearest level, and the noise this leaves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 
 import numba
@@ -85,6 +86,17 @@ class Codebook:
     def bits(self) -> float:
         """Binary logarithm of the number of levels."""
         return float(np.log2(len(self)))
+
+    def with_width(self, width: float) -> "Codebook":
+        """The same shape of levels, scaled so that the largest magnitude is `width`.
+
+        Raises
+        ------
+        ValueError
+            If `width` is not a positive finite number.
+        """
+        outermost = np.abs(self.levels).max()
+        return Codebook(_positive("width", width) * (self.levels / outermost))
 
     def quantize(self, w: ArrayLike) -> NDArray:
         """Round weights to their nearest levels.
@@ -235,6 +247,19 @@ def lloyd_max(bits: int, samples: ArrayLike | None = None) -> Codebook:
         negative = _negative_gaussian_levels(n_levels // 2)
         return Codebook(np.concatenate([negative, -negative[::-1]]))
     return Codebook(_lloyd(_weights(samples, "samples").astype(np.float64).ravel(), n_levels))
+
+
+def _lloyd_max_of_width(bits: int, width: float) -> Codebook:
+    return lloyd_max(bits).with_width(width)
+
+
+# By name: functions of (bits, width) to the codebook whose outermost level lies at the width.
+families: dict[str, Callable[[int, float], Codebook]] = {
+    "uniform": uniform,
+    "uniform with zero": partial(uniform, include_zero=True),
+    "power of two": power_of_two,
+    "Lloyd-Max": _lloyd_max_of_width,
+}
 
 
 def check_bits(bits: int) -> int:

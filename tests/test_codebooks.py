@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from qgen_lab.codebooks import Codebook, lloyd_max, lsq_grid, power_of_two, uniform
+from qgen_lab.codebooks import Codebook, families, lloyd_max, lsq_grid, power_of_two, uniform
 
 FAMILIES = {
     "uniform": lambda bits: uniform(bits, 1.7),
@@ -273,6 +273,41 @@ def test_power_of_two():
 def test_bad_bits(make, bits):
     with pytest.raises(ValueError, match="use a whole number from 1 to 16"):
         make(bits)
+
+
+@settings(deadline=None)
+@given(CODEBOOKS, st.floats(1e-3, 1e3))
+def test_another_width_keeps_the_shape(codebook, width):
+    scaled = codebook.with_width(width)
+    assert np.abs(scaled.levels).max() == width
+    factor = width / np.abs(codebook.levels).max()
+    np.testing.assert_allclose(scaled.levels, factor * codebook.levels, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", families)
+def test_every_family_keeps_the_contract(name):
+    """A family makes, of (bits, width), a codebook for those bits that reaches to the width."""
+    family = families[name]
+    for bits in range(2, 9):
+        codebook = family(bits, 1.3)
+        assert isinstance(codebook, Codebook)
+        assert 2 ** (bits - 1) < len(codebook) <= 2**bits
+        assert np.abs(codebook.levels).max() == 1.3
+        np.testing.assert_allclose(family(bits, 2.6).levels, 2 * codebook.levels, rtol=1e-14)
+    for bits in (0, 17, 2.5):
+        with pytest.raises(ValueError, match=f"bits = {bits}: use a whole number"):
+            family(bits, 1.0)
+    for width in (0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"width = {width}: use a positive finite number"):
+            family(2, width)
+
+
+def test_families_are_the_named_constructors():
+    assert families["uniform"](3, 1.7) == uniform(3, 1.7)
+    assert families["uniform with zero"](3, 1.7) == uniform(3, 1.7, include_zero=True)
+    assert families["power of two"](3, 1.7) == power_of_two(3, 1.7)
+    fitted = lloyd_max(3)
+    assert families["Lloyd-Max"](3, fitted.levels[-1]) == fitted
 
 
 @pytest.mark.parametrize("value", [0, -1.0, np.inf, np.nan, "1", None, 1j])
