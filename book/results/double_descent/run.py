@@ -74,6 +74,7 @@ def one(problem, n, rng):
 
 
 def main():
+    """Write `exact.csv` as it grows, and `provenance.json` at the end."""
     started, rows = time.perf_counter(), []
     names = ("ground_state", "free", "box", "ground_state_train")
     for n, count in INSTANCES.items():
