@@ -70,17 +70,36 @@ def checked_number(name: str, value: float, positive: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Instance:
-    """One draw of a problem: `X` (M, N), `y` (M,) and the teacher's weights (N,)."""
+    """One draw of a problem.
+
+    `X` (M, N), `y` (M,), the teacher's weights (N,), and N times the covariance of the inputs
+    (N, N), None where that is the unit matrix.
+    """
 
     X: NDArray[np.float64]
     y: NDArray[np.float64]
     teacher: NDArray[np.float64]
+    covariance: NDArray[np.float64] | None = None
 
     def __repr__(self) -> str:
         return f"Instance({self.X.shape[0]} samples, {self.X.shape[1]} weights)"
 
+    def gen_error(self, weights: NDArray) -> NDArray[np.float64] | float:
+        """Generalization error of weights (..., N), without label noise: shape (...).
 
-def sample(problem: TeacherStudent, n: int, seed: int | np.random.Generator) -> Instance:
+        `(w - teacher)' covariance (w - teacher) / N`, the mean squared error on a fresh sample.
+        """
+        error = np.asarray(weights) - self.teacher
+        moved = error if self.covariance is None else error @ self.covariance
+        return (error * moved).mean(axis=-1)
+
+
+def sample(
+    problem: TeacherStudent,
+    n: int,
+    seed: int | np.random.Generator,
+    covariance_exponent: float = 0.0,
+) -> Instance:
     """Draw inputs, teacher and labels.
 
     Parameters
@@ -91,18 +110,28 @@ def sample(problem: TeacherStudent, n: int, seed: int | np.random.Generator) -> 
         Number of weights N; the number of samples is `alpha * n`, rounded, at least 1.
     seed : int or numpy.random.Generator
         Seed, or a generator to draw from.
+    covariance_exponent : float
+        Inputs are correlated: the eigenvalues of their covariance fall like
+        `k ** -covariance_exponent`, k = 1 ... N, with mean 1 / N, in a random basis. At least 0; at
+        0, the model of the theory, entries are independent.
 
     Raises
     ------
-    ValueError
-        If `n` is not a positive whole number.
+    TypeError, ValueError
+        If `n` is not a positive whole number, or `covariance_exponent` not a finite one >= 0.
     """
     if n != int(n) or n < 1:
         raise ValueError(f"n = {n!r}: give a whole number of weights, at least 1")
-    n = int(n)
+    n, exponent = int(n), checked_number("covariance_exponent", covariance_exponent)
     rng = np.random.default_rng(seed)
     samples = max(round(problem.alpha * n), 1)
     X = rng.standard_normal((samples, n)) / np.sqrt(n)
     teacher = rng.normal(0.0, np.sqrt(problem.signal_variance), n)
     noise = rng.normal(0.0, np.sqrt(problem.noise_variance), samples)
-    return Instance(X, X @ teacher + noise, teacher)
+    if exponent == 0:
+        return Instance(X, X @ teacher + noise, teacher)
+    basis = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    eigenvalues = np.arange(1.0, n + 1) ** -exponent
+    eigenvalues /= eigenvalues.mean()
+    X = X * np.sqrt(eigenvalues) @ basis.T
+    return Instance(X, X @ teacher + noise, teacher, basis * eigenvalues @ basis.T)

@@ -273,12 +273,12 @@ class _Equations:
 
 @numba.njit(cache=True)
 def _averages(levels, shrinkage, pull, deviation):
-    """Averages of `v(r)` over `r ~ N(0, deviation^2)`: slope, square, variance in time, moving share.
+    """Averages over `r ~ N(0, deviation^2)`: slope and square of v, variance in time, moving share.
 
     Between levels l and u, whose middle is t, `v = (r - pull t) / shrinkage`; it rests on a level
     in between. The variance in time is that of stochastic rounding, `(v - l) (u - v)`.
     """
-    slope = square = variance = moving = 0.0
+    square = variance = moving = 0.0
     left = -np.inf  # where the level's rest begins, in standard deviations
     for k in range(levels.size - 1):
         level, upper = levels[k], levels[k + 1]
@@ -376,7 +376,8 @@ def average_weights(
     knots, values = _penalty_knots(problem.codebook, step * decay)
     v = ahead = np.zeros(target.size)
     inertia = 1.0
-    for iteration in range(1, max_iterations + 1):
+    residual, iteration = np.inf, 0
+    while residual >= 1e-12 and iteration < max_iterations:
         new = np.interp(ahead - step * (gram @ ahead - target), knots, values)
         residual = float(np.abs(new - ahead).max())
         if (ahead - new) @ (new - v) > 0:  # the momentum points uphill
@@ -384,8 +385,7 @@ def average_weights(
         grown = (1 + sqrt(1 + 4 * inertia**2)) / 2
         ahead = new + (inertia - 1) / grown * (new - v)
         v, inertia = new, grown
-        if residual < 1e-12:
-            break
+        iteration += 1
     return AverageWeights(v, residual < 1e-9, iteration, residual)
 
 

@@ -67,6 +67,41 @@ def test_a_seed_repeats_a_sample_and_a_generator_moves_on():
     assert (sample(problem, 10, rng).X != first.X).any()
 
 
+def test_correlated_inputs_have_the_stated_spectrum():
+    problem = TeacherStudent(CODEBOOK, 30.0)
+    plain, drawn = sample(problem, 40, 3), sample(problem, 40, 3, covariance_exponent=1.5)
+    eigenvalues = np.linalg.eigvalsh(drawn.covariance)[::-1]
+    assert eigenvalues.mean() == pytest.approx(1)
+    assert eigenvalues / eigenvalues[0] == pytest.approx(np.arange(1.0, 41) ** -1.5)
+    # Whitened, the 48,000 entries are independent: 6 standard errors of a variance of 1200.
+    root = np.linalg.inv(np.linalg.cholesky(drawn.covariance))
+    empirical = root @ drawn.X.T @ drawn.X @ root.T / 30
+    assert np.abs(empirical - np.eye(40)).max() < 6 * np.sqrt(2 / 1200)
+    assert (drawn.teacher == plain.teacher).all()
+    noise = drawn.y - drawn.X @ drawn.teacher
+    assert noise == pytest.approx(plain.y - plain.X @ plain.teacher)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_the_error_is_that_on_fresh_samples(exponent):
+    problem = TeacherStudent(CODEBOOK, 2.0)
+    drawn = sample(problem, 50, 1, covariance_exponent=exponent)
+    rng = np.random.default_rng(2)
+    weights = rng.standard_normal((3, 50))
+    covariance = np.eye(50) if drawn.covariance is None else drawn.covariance
+    fresh = rng.multivariate_normal(np.zeros(50), covariance / 50, 40_000)
+    errors = np.square(fresh @ (weights - drawn.teacher).T)
+    # Five standard errors; the mean of 40,000 squares is Gaussian.
+    bound = 5 * errors.std(axis=0) / np.sqrt(len(errors))
+    assert (np.abs(drawn.gen_error(weights) - errors.mean(axis=0)) < bound).all()
+    assert drawn.gen_error(weights[1]) == pytest.approx(drawn.gen_error(weights)[1], rel=1e-12)
+
+
+def test_the_exponent_of_the_covariance_is_checked():
+    with pytest.raises(ValueError, match="covariance_exponent = -1: give a finite number >= 0"):
+        sample(TeacherStudent(CODEBOOK, 1.0), 5, 0, covariance_exponent=-1)
+
+
 def test_there_is_always_a_training_sample():
     assert sample(TeacherStudent(CODEBOOK, 0.01), 5, seed=0).y.shape == (1,)
 

@@ -183,7 +183,8 @@ def test_below_the_threshold_of_the_box_the_phase_is_named(width):
     assert below["converged"]
     assert below["average_train_error"] == 0
     assert below["susceptibility"] == np.inf
-    assert np.isnan([below[n] for n in OBSERVABLES[:3] + ["overlap", "oscillating_share"]]).all()
+    unknown = [*OBSERVABLES[:3], "overlap", "oscillating_share"]
+    assert np.isnan([below[name] for name in unknown]).all()
 
 
 def test_latent_decay_leaves_only_the_gap_around_zero_free_to_interpolate():
@@ -293,7 +294,7 @@ def test_a_sequence_gives_arrays_and_a_frame():
 
 def test_arguments_are_checked():
     problem = TeacherStudent(uniform(1, 1.0), 2.0)
-    with pytest.raises(ValueError, match="temperature = 0.1: .* give a problem with"):
+    with pytest.raises(ValueError, match=r"temperature = 0.1: .* give a problem with"):
         straight_through(TeacherStudent(uniform(1, 1.0), 2.0, temperature=0.1))
     with pytest.raises(ValueError, match=r"latent_decay = -0.1: give a finite number >= 0"):
         straight_through(problem, -0.1)
