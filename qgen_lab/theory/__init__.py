@@ -1,15 +1,39 @@
 """Typical-case theory of quantized linear models: replica equations and what they predict."""
 
+from qgen_lab.theory.finite_size import (
+    Configuration,
+    Enumeration,
+    GibbsAverages,
+    configuration,
+    enumerate_states,
+)
+from qgen_lab.theory.monte_carlo import (
+    MonteCarloAverages,
+    TemperedAverages,
+    anneal,
+    heat_bath,
+    parallel_tempering,
+)
 from qgen_lab.theory.problem import Instance, TeacherStudent, sample
 from qgen_lab.theory.ridge import RidgeSolution, ridge_solution
 from qgen_lab.theory.typical_case import RSSolution, interpolation_threshold, solve_rs
 
 __all__ = [
+    "Configuration",
+    "Enumeration",
+    "GibbsAverages",
     "Instance",
+    "MonteCarloAverages",
     "RSSolution",
     "RidgeSolution",
     "TeacherStudent",
+    "TemperedAverages",
+    "anneal",
+    "configuration",
+    "enumerate_states",
+    "heat_bath",
     "interpolation_threshold",
+    "parallel_tempering",
     "ridge_solution",
     "sample",
     "solve_rs",
