@@ -183,10 +183,47 @@ def test_text_is_stated_for_readers_without_scripts_and_screens():
     assert 'type="range" min="0" max="2" value="1" aria-valuetext="1"' in html
 
 
+WORDS = np.where(VALUES > 0, "above", "below <0>")
+
+
+def test_marker_stands_on_the_curve_where_its_slider_says():
+    html = draw(along="x", start={"x": X[2]}, readings={"sign": WORDS}, ylim=(-3, 3))
+    width, height = plotting.interactive._SIZE
+    across = (X[2] - X[0]) / (X[-1] - X[0]) * width
+    up = height * (1 - (VALUES[1, 1, 2] + 3) / 6)
+    assert f'<circle cx="{across:.1f}" cy="{up:.1f}"' in html
+    assert html.count('type="range"') == 3
+    word = "above" if VALUES[1, 1, 2] > 0 else "below &lt;0&gt;"
+    assert f"<dt>Int2</dt><dd>{VALUES[1, 1, 2]:.4g}</dd><dt>sign</dt><dd>{word}</dd>" in html
+
+
+def test_words_are_stored_once():
+    (reading,) = stored(draw(along="x", readings={"sign": WORDS}))["readings"]
+    assert reading["words"] == ["above", "below <0>"]
+    np.testing.assert_array_equal(np.take(reading["words"], reading["values"]), WORDS.ravel())
+
+
+def test_doubtful_pieces_are_thin_and_the_rest_thick():
+    doubtful = np.zeros(VALUES.shape, bool)
+    doubtful[1, 1, 4:6] = True
+    html = draw(doubtful=doubtful)
+    sure, thin = re.findall(r'class="qgen-(?:sure|doubtful)" d="(.*?)"', html)
+    points = re.findall(r"[\d.-]+ [\d.-]+", re.search(r'sure" d="(.*?)"', draw()).group(1))
+    at = points.index
+    assert [at(p) for p in re.findall(r"[\d.-]+ [\d.-]+", sure)] == [0, 1, 2, 3, 6]
+    assert [at(p) for p in re.findall(r"[\d.-]+ [\d.-]+", thin)] == [3, 4, 5, 6]
+    assert "thin: doubtful" in html
+    assert "thin: doubtful" not in draw()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"curves": {"a": VALUES[:2]}}, r"curve 'a' has shape \(2, 2, 7\).*\(3, 2, 7\)"),
+        ({"readings": {"a": VALUES}}, r"readings \['a'\] are taken at a marker"),
+        ({"readings": {"a": VALUES[:2]}, "along": "x"}, r"'a' has shape \(2, 2, 7\)"),
+        ({"doubtful": VALUES[0] > 0}, r"'doubtful' has shape \(2, 7\)"),
+        ({"along": "rule"}, "along = 'rule' is a slider already"),
+        ({"curves": {"a": VALUES[:2]}}, r"'a' has shape \(2, 2, 7\).*\(3, 2, 7\)"),
         ({"curves": {}}, "0 curves, 2 sliders"),
         ({"sliders": {}}, "1 curves, 0 sliders"),
         ({"start": {"bits": 2}}, r"start names 'bits': the sliders are \['width', 'rule'\]"),

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 # The figure is complete without the script, which only redraws when a slider moves.
 _SCRIPT = """
-for (const figure of document.querySelectorAll('[data-lines="%s"]')) {
+for (const figure of document.querySelectorAll('[data-lines="KEY"]')) {
   const data = JSON.parse(figure.querySelector('script[type="application/json"]').textContent);
-  const inputs = [...figure.querySelectorAll("input")];
-  const paths = figure.querySelectorAll("svg.qgen-curves path");
-  const rows = figure.querySelectorAll("tbody tr");
+  const all = (selector) => [...figure.querySelectorAll(selector)];
+  const inputs = all("input"), rows = all("tbody tr"), said = all(".qgen-readings dd");
+  const thick = all(".qgen-sure"), thin = all(".qgen-doubtful");
+  const dots = all(".qgen-curves circle"), hair = all(".qgen-curves line");
   const place = ([low, high, log], size) => (v) =>
     (log ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low)) * size;
   const px = place(data.xaxis, data.size[0]), py = place(data.yaxis, -data.size[1]);
+  const height = (y) => data.size[1] + py(y ?? NaN);
+  const n = data.x.length;
   const draw = () => {
     let at = 0;
     inputs.forEach((input, i) => {
@@ -32,17 +35,36 @@ for (const figure of document.querySelectorAll('[data-lines="%s"]')) {
       input.nextElementSibling.textContent = value;
       at = at * data.sliders[i].length + Number(input.value);
     });
+    // A slider along x comes last, so that `at` is a point; without one it is a whole curve.
+    const mark = data.along ? at % n : 0, from = data.along ? at - mark : at * n;
+    const sure = data.x.map((_, i) => !data.doubtful?.[from + i]);
+    const touched = sure.map((_, i) => [i - 1, i, i + 1].some((k) => sure[k] === false));
     data.curves.forEach((curve, j) => {
-      let pen = "M", d = "";
-      data.x.forEach((x, i) => {
-        const y = curve[at * data.x.length + i];
-        rows[i].children[j + 1].textContent = y ?? "–";
-        const v = py(y ?? NaN);
-        if (!Number.isFinite(v)) { pen = "M"; return; }
-        d += `${pen}${px(x).toFixed(1)} ${(data.size[1] + v).toFixed(1)}`;
-        pen = "L";
-      });
-      paths[j].setAttribute("d", d);
+      const path = (keep) => {
+        let pen = "M", d = "";
+        data.x.forEach((x, i) => {
+          const v = height(curve[from + i]);
+          if (!Number.isFinite(v) || !keep[i]) { pen = "M"; return; }
+          d += `${pen}${px(x).toFixed(1)} ${v.toFixed(1)}`;
+          pen = "L";
+        });
+        return d;
+      };
+      thick[j].setAttribute("d", path(sure));
+      thin[j]?.setAttribute("d", path(touched));
+      data.x.forEach((_, i) => { rows[i].children[j + 1].textContent = curve[from + i] ?? "–"; });
+    });
+    if (!data.along) return;
+    const across = px(data.x[mark]).toFixed(1);
+    dots.forEach((dot, j) => {
+      const v = height(data.curves[j][at]);
+      dot.setAttribute("cx", across);
+      dot.setAttribute("cy", Number.isFinite(v) ? v.toFixed(1) : "-99");
+    });
+    for (const end of ["x1", "x2"]) hair[0].setAttribute(end, across);
+    said.forEach((place, j) => {
+      const { values, words } = data.readings[j - data.curves.length] ?? { values: data.curves[j] };
+      place.textContent = (words ? words[values[at]] : values[at]) ?? "–";
     });
   };
   inputs.forEach((input) => { input.oninput = draw; });
@@ -61,6 +83,10 @@ _CSS = """
 .qgen-lines > svg { width: 100%; height: auto; display: block; margin-top: .5rem; }
 .qgen-lines svg.qgen-curves { overflow: hidden; }
 .qgen-lines .qgen-legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
+.qgen-lines .qgen-readings { display: grid; grid-template-columns: max-content 1fr;
+  column-gap: 1.2rem; margin: .5rem 0; }
+.qgen-lines .qgen-readings :is(dt, dd) { margin: 0; font-weight: inherit; }
+.qgen-lines .qgen-readings dd { font-variant-numeric: tabular-nums; }
 .qgen-lines .qgen-table { overflow: auto; max-height: 20rem; }
 .qgen-lines td, .qgen-lines th { text-align: right; padding: .1rem .8rem;
   font-variant-numeric: tabular-nums; }
@@ -132,17 +158,42 @@ def _frame(xaxis: _Axis, yaxis: _Axis, xlabel: str, ylabel: str) -> str:
     return "".join(parts)
 
 
-def _path(xaxis: _Axis, yaxis: _Axis, x: Sequence[float], y: Sequence[float | None]) -> str:
+def _path(xaxis: _Axis, yaxis: _Axis, x: Sequence[float], y: np.ndarray, keep: np.ndarray) -> str:
     pen, path = "M", ""
-    for horizontal, vertical in zip(
-        xaxis(np.array(x)), yaxis(np.array(y, dtype=float)), strict=True
-    ):
-        if not np.isfinite(vertical):
+    for horizontal, vertical, kept in zip(xaxis(np.array(x)), yaxis(y), keep, strict=True):
+        if not (kept and np.isfinite(vertical)):
             pen = "M"
             continue
         path += f"{pen}{horizontal:.1f} {_SIZE[1] - vertical:.1f}"
         pen = "L"
     return path
+
+
+def _strokes(xaxis: _Axis, yaxis: _Axis, x, shown, doubtful, colors) -> str:
+    """Every curve: thick where it is sure, and thin on all pieces that touch a doubtful point."""
+    strokes = []
+    for y, stroke, dash in zip(shown, colors, _DASHES * 2, strict=False):
+        look = f'fill="none" stroke="{stroke}" stroke-dasharray="{dash}"'
+        y, pieces = np.array(y, dtype=float), [("sure", 2.5, np.full(len(x), True))]
+        if doubtful is not None:
+            touched = np.convolve(doubtful, np.ones(3), "same") > 0
+            pieces = [("sure", 2.5, ~doubtful), ("doubtful", 1, touched)]
+        for name, thickness, keep in pieces:
+            d = _path(xaxis, yaxis, x, y, keep)
+            strokes.append(f'<path class="qgen-{name}" d="{d}" {look} stroke-width="{thickness}"/>')
+    return "".join(strokes)
+
+
+def _markers(xaxis: _Axis, yaxis: _Axis, x: float, shown: Sequence, colors: Sequence[str]) -> str:
+    """A dot on each curve where the slider along x stands, and a hairline through them."""
+    across = f"{xaxis(x):.1f}"
+    dots = []
+    for y, color in zip(shown, colors, strict=False):
+        up = _SIZE[1] - yaxis(np.nan if y is None else y)
+        up = f"{up:.1f}" if np.isfinite(up) else "-99"
+        dots.append(f'<circle cx="{across}" cy="{up}" r="5" fill="{color}"/>')
+    hair = f'<line x1="{across}" x2="{across}" y1="0" y2="{_SIZE[1]}" stroke="gray"/>'
+    return hair + "".join(dots)
 
 
 def _name(value) -> str:
@@ -161,6 +212,9 @@ def interactive_lines(
     xscale: str = "linear",
     yscale: str = "linear",
     ylim: tuple[float, float] | None = None,
+    along: str | None = None,
+    readings: Mapping[str, np.ndarray] | None = None,
+    doubtful: np.ndarray | None = None,
 ) -> "HTML":
     """Curves over a precomputed table, which the reader turns with sliders.
 
@@ -188,6 +242,14 @@ def interactive_lines(
     ylim : tuple of float, optional
         Range of the vertical axis; by default the range of all curves at all settings, so that the
         axis stands still while the curves move.
+    along : str, optional
+        Name of one more slider, which moves a marker along `x`. What the curves say at the marker
+        is written out below the figure.
+    readings : mapping of str to array, optional
+        Numbers or words, of the shape of a curve, that are written out beside the curves' values;
+        needs `along`.
+    doubtful : array of bool, optional
+        Of the shape of a curve: where it is true the curves are thin.
 
     Returns
     -------
@@ -197,8 +259,10 @@ def interactive_lines(
     Raises
     ------
     ValueError
-        If a curve's shape does not fit the sliders and `x`, if there is no slider or no curve, if
-        `start` names no slider or none of its values, or if there are fewer colours than curves.
+        If the shape of a curve, a reading or `doubtful` does not fit the sliders and `x`, if there
+        is no slider or no curve, if `start` names no slider or none of its values, if there are
+        fewer colours than curves, if there are readings without a marker, or if `along` is the name
+        of another slider.
 
     Examples
     --------
@@ -211,12 +275,18 @@ def interactive_lines(
 
     x = np.asarray(x, dtype=float)
     curves = {name: np.asarray(values, dtype=float) for name, values in curves.items()}
+    readings = {name: np.asarray(values) for name, values in (readings or {}).items()}
     if not curves or not sliders:
         raise ValueError(f"{len(curves)} curves, {len(sliders)} sliders: give at least one of each")
+    if readings and along is None:
+        raise ValueError(f"readings {list(readings)} are taken at a marker: name a slider in along")
+    if along in sliders:
+        raise ValueError(f"along = {along!r} is a slider already: give it a name of its own")
     shape = (*map(len, sliders.values()), len(x))
-    for name, values in curves.items():
+    gated = {} if doubtful is None else {"doubtful": np.asarray(doubtful, dtype=bool)}
+    for name, values in [*curves.items(), *readings.items(), *gated.items()]:
         if values.shape != shape:
-            raise ValueError(f"curve {name!r} has shape {values.shape}: sliders and x need {shape}")
+            raise ValueError(f"{name!r} has shape {values.shape}: sliders and x need {shape}")
     colors = list(colors) if colors is not None else list(COLORS.values())
     if len(colors) < len(curves):
         raise ValueError(f"{len(curves)} curves but {len(colors)} colors: give one a curve")
@@ -224,38 +294,45 @@ def interactive_lines(
     everything = np.concatenate([values.ravel() for values in curves.values()])
     xaxis = _Axis(_limits(x, xscale, 0.0), xscale, _SIZE[0])
     yaxis = _Axis(ylim or _limits(everything, yscale, 0.04), yscale, _SIZE[1])
-    first = _first(sliders, start or {})
+    stops = dict(sliders) | ({along: x} if along else {})
+    first = _first(stops, start or {})
+    here = tuple(first[name] for name in sliders)
 
     data = {
         "x": _rounded(x),
         "curves": [_rounded(values) for values in curves.values()],
-        "sliders": [[_name(v) for v in values] for values in sliders.values()],
+        "readings": [_reading(values) for values in readings.values()],
+        "sliders": [[_name(v) for v in values] for values in stops.values()],
+        "along": along is not None,
         "xaxis": [xaxis.low, xaxis.high, xaxis.log],
         "yaxis": [yaxis.low, yaxis.high, yaxis.log],
         "size": _SIZE,
-    }
+    } | {name: values.astype(int).ravel().tolist() for name, values in gated.items()}
     table = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     key = hashlib.sha256(table.encode()).hexdigest()[:12]
-    shown = [_rounded(values[tuple(first.values())]) for values in curves.values()]
+    shown = [_rounded(values[here]) for values in curves.values()]
+    thin = gated["doubtful"][here] if gated else None
+    drawn, said = _strokes(xaxis, yaxis, data["x"], shown, thin, colors), ""
+    if along:
+        mark = first[along]
+        at_mark = [y[mark] for y in shown]
+        drawn += _markers(xaxis, yaxis, data["x"][mark], at_mark, colors)
+        said = _read_out(dict(zip(curves, at_mark, strict=True)), readings, (*here, mark))
     return HTML(
         f'<figure class="qgen-lines" data-lines="{key}"><style>{_CSS}</style>'
         + '<div class="qgen-sliders">'
-        + "".join(_slider(name, values, first[name]) for name, values in sliders.items())
+        + "".join(_slider(name, values, first[name]) for name, values in stops.items())
         + "</div>"
         + f'<svg viewBox="-58 -32 {_SIZE[0] + 70} {_SIZE[1] + 80}" font-size="14" '
         f'fill="currentColor" role="img" aria-label="{escape(ylabel)} against {escape(xlabel)}">'
         + _frame(xaxis, yaxis, xlabel, ylabel)
-        + f'<svg class="qgen-curves qgen-hue" width="{_SIZE[0]}" height="{_SIZE[1]}">'
-        + "".join(
-            f'<path d="{_path(xaxis, yaxis, data["x"], y)}" fill="none" stroke="{stroke}" '
-            f'stroke-width="2.5" stroke-dasharray="{dash}"/>'
-            for y, stroke, dash in zip(shown, colors, _DASHES * 2, strict=False)
-        )
+        + f'<svg class="qgen-curves qgen-hue" width="{_SIZE[0]}" height="{_SIZE[1]}">{drawn}'
         + "</svg></svg>"
-        + _legend(curves, colors)
+        + _legend(curves, colors, thin is not None)
+        + said
         + _table(xlabel, data["x"], dict(zip(curves, shown, strict=True)))
         + f'<script type="application/json">{table}</script>'
-        + f"<script>{_SCRIPT % key}</script></figure>"
+        + f"<script>{_SCRIPT.replace('KEY', key)}</script></figure>"
     )
 
 
@@ -281,19 +358,42 @@ def _slider(name: str, values: Sequence, at: int) -> str:
     )
 
 
-def _legend(curves: Mapping[str, np.ndarray], colors: Sequence[str]) -> str:
+def _reading(values: np.ndarray) -> dict:
+    """Numbers as they are, words by their number in a list."""
+    if values.dtype.kind != "U":
+        return {"values": _rounded(values)}
+    words, index = np.unique(values, return_inverse=True)
+    return {"values": index.ravel().tolist(), "words": words.tolist()}
+
+
+def _read_out(at_mark: Mapping[str, float | None], readings: Mapping, at: tuple[int, ...]) -> str:
+    said = dict(at_mark)
+    for name, values in readings.items():
+        said[name] = str(values[at]) if values.dtype.kind == "U" else _rounded(values[at])[0]
+    pairs = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(_cell(value))}</dd>" for name, value in said.items()
+    )
+    return f'<dl class="qgen-readings" aria-live="polite">{pairs}</dl>'
+
+
+def _cell(value: float | str | None) -> str:
+    return "–" if value is None else _name(value)
+
+
+def _legend(curves: Mapping[str, np.ndarray], colors: Sequence[str], thin: bool) -> str:
     entries = "".join(
         f'<span><svg class="qgen-hue" width="30" height="10"><path d="M0 5H30" stroke="{stroke}" '
         f'stroke-width="2.5" stroke-dasharray="{dash}"/></svg> {escape(name)}</span>'
         for name, stroke, dash in zip(curves, colors, _DASHES * 2, strict=False)
     )
-    return f'<div class="qgen-legend">{entries}</div>'
+    note = "<span>thin: doubtful</span>" if thin else ""
+    return f'<div class="qgen-legend">{entries}{note}</div>'
 
 
 def _table(xlabel: str, x: list, shown: Mapping[str, list]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in (xlabel, *shown))
     rows = "".join(
-        "<tr>" + "".join(f"<td>{'–' if v is None else f'{v:g}'}</td>" for v in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row) + "</tr>"
         for row in zip(x, *shown.values(), strict=True)
     )
     return (

@@ -63,3 +63,58 @@ def test_sliders_have_names(chromium, address):
     page.goto(address)
     assert page.get_by_label("width").count() == page.get_by_label("alpha").count() == 1
     page.close()
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """Two curves, a marker along x, words at the marker, and a doubtful piece of one setting."""
+    values = np.array([alpha * X + 1 for alpha in (1.0, 3.0)])
+    values[0, 3] = np.nan
+    doubtful = np.array([[False, False, True, False, False], [False] * 5])
+    words = np.where(values > 1.6, "large", "small")
+    figure = plotting.interactive_lines(
+        X, {"line": values, "twice": 2 * values}, {"alpha": [1, 3]}, xlabel="x", ylabel="y",
+        start={"alpha": 1, "place": 0.25}, along="place", readings={"size": words},
+        doubtful=doubtful,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("marked") / "figure.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8><body>{figure.data}</body>")
+    return path.as_uri()
+
+
+def drawing(page):
+    return page.locator("svg.qgen-curves").inner_html()
+
+
+def said(page):
+    return page.locator(".qgen-readings dd").all_text_contents()
+
+
+def test_script_marks_what_python_marked(chromium, marked):
+    without = chromium.new_context(java_script_enabled=False).new_page()
+    without.goto(marked)
+    scripted = chromium.new_page()
+    scripted.goto(marked)
+    assert drawing(scripted) == drawing(without)
+    assert said(scripted) == said(without) == ["1.25", "2.5", "small"]
+    without.context.close()
+    scripted.close()
+
+
+def test_marker_moves_without_its_curves(chromium, marked):
+    page = chromium.new_page()
+    page.goto(marked)
+    paths = [path.get_attribute("d") for path in page.locator(".qgen-curves path").all()]
+    page.get_by_label("place").press("End")
+    assert said(page) == ["2", "4", "large"]
+    assert page.locator("circle").first.get_attribute("cx") == "410.0"
+    assert page.locator("output").all_text_contents() == ["1", "1"]
+    assert [path.get_attribute("d") for path in page.locator(".qgen-curves path").all()] == paths
+    page.get_by_label("place").press("ArrowLeft")  # no value there
+    assert said(page) == ["–", "–", "small"]
+    page.get_by_label("alpha").press("ArrowRight")
+    assert said(page) == ["3.25", "6.5", "large"]
+    moved = [path.get_attribute("d") for path in page.locator(".qgen-curves path").all()]
+    assert moved[1] == moved[3] == ""  # nothing is doubtful at this setting
+    assert paths[1] != ""
+    page.close()
