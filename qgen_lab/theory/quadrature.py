@@ -1,5 +1,7 @@
 """Quadrature nodes for a Gaussian integrand that changes fast around known points."""
 
+from math import exp
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ _REACH = 9.0  # standard deviations; the Gaussian mass beyond is 2e-19
 _WIDEST = 1.5  # standard deviations; on it 16 nodes integrate the Gaussian itself to rounding
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def graded_panels(lower: float, upper: float, widest: float, centres, sizes) -> NDArray:
     """Edges of panels between `lower` and `upper`, narrow at the centres and wider away from them.
 
@@ -35,7 +37,10 @@ def graded_panels(lower: float, upper: float, widest: float, centres, sizes) -> 
     return np.array(edges)
 
 
-def gaussian_rule(deviation: float, centres: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
+@numba.njit(cache=True, nogil=True)
+def gaussian_rule(
+    deviation: float, centres: NDArray, sizes: NDArray, even: bool = False
+) -> tuple[NDArray, NDArray]:
     """Nodes and weights for averages over N(0, deviation^2), refined around `centres`.
 
     Parameters
@@ -47,15 +52,25 @@ def gaussian_rule(deviation: float, centres: NDArray, sizes: NDArray) -> tuple[N
     sizes : ndarray, shape (K,)
         Widest panel allowed at each centre: up to four times the distance, over pi, of the
         integrand's nearest complex singularity keeps the error at rounding.
+    even : bool
+        The integrand is even, and so are the centres: nodes on the positive half line only.
 
     Returns
     -------
     nodes, weights : ndarray, shape (n,)
-        16 Gauss-Legendre nodes per panel; the weights hold the Gaussian density.
+        16 Gauss-Legendre nodes per panel, ascending; the weights hold the Gaussian density.
     """
-    reach = _REACH * deviation
-    edges = graded_panels(-reach, reach, _WIDEST * deviation, centres, sizes)
-    half = np.diff(edges)[:, None] / 2
-    nodes = (edges[:-1, None] + half + half * _NODES).ravel()
-    density = np.exp(-0.5 * (nodes / deviation) ** 2) / (np.sqrt(2 * np.pi) * deviation)
-    return nodes, (half * _WEIGHTS).ravel() * density
+    upper = _REACH * deviation
+    lower = 0.0 if even else -upper
+    seen = np.searchsorted(centres, lower)
+    edges = graded_panels(lower, upper, _WIDEST * deviation, centres[seen:], sizes[seen:])
+    nodes = np.empty((edges.size - 1, _NODES.size))
+    weights = np.empty(nodes.shape)
+    scale = (2.0 if even else 1.0) / (np.sqrt(2 * np.pi) * deviation)
+    for panel in range(edges.size - 1):
+        half = (edges[panel + 1] - edges[panel]) / 2
+        for k in range(_NODES.size):
+            node = edges[panel] + half + half * _NODES[k]
+            nodes[panel, k] = node
+            weights[panel, k] = half * _WEIGHTS[k] * scale * exp(-0.5 * (node / deviation) ** 2)
+    return nodes.ravel(), weights.ravel()

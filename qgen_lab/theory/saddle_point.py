@@ -4,28 +4,53 @@ Two unknowns fix everything: the stiffness `a = alpha / (1 + susceptibility)` an
 weight `v = E / alpha` of its field. One pass of the replica-symmetric map takes
 
     a -> alpha a / (a + slope),   v -> (noise_variance + rho - 2 rho slope + mean_square) / alpha.
+
+All is compiled. `left` is an array of one number, the evaluations that may still be made; where
+it comes to zero the iterations stop where they are, and the residual says so.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from math import exp, log, sqrt
+from typing import NamedTuple
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
-from qgen_lab.codebooks import Codebook
 from qgen_lab.theory.problem import TeacherStudent
-from qgen_lab.theory.ridge import ridge_solution
-from qgen_lab.theory.scalar_channel import ChannelAverages, ground_averages, thermal_averages
+from qgen_lab.theory.scalar_channel import channel_averages, is_even, staircase_averages
 
-_TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
 _FLOOR = 1e-6  # in units of the teacher's variance: what counts as no noise at all
 _LOG_TINY = -690.0  # exp of it is still a normal number
+_FINEST = 0.01  # smallest step of a logarithm of temperature
+_compiled = numba.njit(cache=True, nogil=True)
 
 
-@dataclass(frozen=True)
-class SaddlePoint:
-    """A solution; stiffness 0 stands for an infinite susceptibility.
+class Model(NamedTuple):
+    """A problem less its temperature, as the compiled code takes it."""
+
+    levels: NDArray
+    even: bool
+    alpha: float
+    noise_variance: float
+    ridge: float
+    signal_variance: float
+
+    @classmethod
+    def of(cls, problem: TeacherStudent) -> "Model":
+        """The numbers of a problem."""
+        levels = problem.codebook.levels.copy()
+        return cls(
+            levels,
+            is_even(levels),
+            problem.alpha,
+            problem.noise_variance,
+            problem.ridge,
+            problem.signal_variance,
+        )
+
+
+class SaddlePoint(NamedTuple):
+    """A solution; stiffness 0 stands for an infinite susceptibility, all NaN for none.
 
     `slope`, `mean_square`, `second_moment`, `squared_slope` and `entropy` are the averages of one
     weight there. `residual` is the largest relative change of `a` and `alpha v` in one more pass of
@@ -39,396 +64,532 @@ class SaddlePoint:
     second_moment: float
     squared_slope: float
     entropy: float
-    iterations: int
     residual: float
-
-    @property
-    def converged(self) -> bool:
-        """Whether one more pass of the map changes nothing; false for NaN."""
-        return bool(self.residual <= _TOLERANCE)
+    iterations: int
 
 
-class _Exhausted(Exception):
-    """The budget of evaluations is spent."""
+@_compiled
+def _spend(left):
+    left[0] = max(left[0] - 1, 0)
 
 
-class _Budget:
-    """Counts evaluations and stops at the limit."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.spent = 0
-
-    def spend(self) -> None:
-        if self.spent >= self.limit:
-            raise _Exhausted
-        self.spent += 1
+@_compiled
+def _none():
+    nan = np.nan
+    return SaddlePoint(nan, nan, nan, nan, nan, nan, nan, nan, 0)
 
 
-def _noise(problem: TeacherStudent, slope: float, mean_square: float) -> float:
+@_compiled
+def _noise_after(model, slope, mean_square):
     """`v` after one pass of the map."""
-    rho = problem.signal_variance
-    squared_error = rho - 2 * rho * slope + mean_square
-    return (problem.noise_variance + squared_error) / problem.alpha
+    rho = model.signal_variance
+    return (model.noise_variance + rho - 2 * rho * slope + mean_square) / model.alpha
 
 
-def _drift(problem: TeacherStudent, slope: float, mean_square: float, noise: float) -> float:
+@_compiled
+def _drift(model, slope, mean_square, noise):
     """Relative change of the noise in one pass of the map, as a difference of logarithms."""
-    floor = _FLOOR * problem.signal_variance / problem.alpha
-    return np.log((_noise(problem, slope, mean_square) + floor) / (noise + floor))
+    floor = _FLOOR * model.signal_variance / model.alpha
+    return log((_noise_after(model, slope, mean_square) + floor) / (noise + floor))
 
 
-def _saddle_point(
-    problem: TeacherStudent,
-    stiffness: float,
-    noise: float,
-    slope: float,
-    mean_square: float,
-    iterations: int,
-    *,
-    variance: float = 0.0,
-    squared_slope: float = np.inf,
-    entropy: float = 0.0,
-) -> SaddlePoint:
-    pull = np.log((stiffness + slope) / problem.alpha)
-    drift = _drift(problem, slope, mean_square, noise)
-    return SaddlePoint(
-        stiffness=float(stiffness),
-        noise=float(noise),
-        slope=float(slope),
-        mean_square=float(mean_square),
-        second_moment=float(mean_square + variance),
-        squared_slope=float(squared_slope),
-        entropy=float(entropy),
-        iterations=iterations,
-        residual=float(max(abs(pull), abs(drift))),
-    )
+@_compiled
+def _residual(model, stiffness, noise, slope, mean_square):
+    pull = log((stiffness + slope) / model.alpha)
+    return max(abs(pull), abs(_drift(model, slope, mean_square, noise)))
 
 
-def _largest_root(f: Callable[[float], float], top: float, bottom: float) -> float | None:
-    """Root of `f`, negative at the top, found by walking down; None if the sign never changes."""
-    upper = top
-    while upper > bottom:
-        lower = max(upper - 0.5, bottom)
-        if f(lower) >= 0:
-            return brentq(f, lower, upper, xtol=1e-15, rtol=1e-15)
-        upper = lower
-    return None
+# --- a root of one equation ---------------------------------------------------------------------
+
+
+class Bracket(NamedTuple):
+    """Two points where a function differs in sign, and where between them to look next."""
+
+    near: float
+    f_near: float
+    far: float
+    f_far: float
+    share: float  # of the way from near to far
+
+
+@_compiled
+def next_look(bracket):
+    """Where the function should be evaluated next."""
+    return bracket.near + bracket.share * (bracket.far - bracket.near)
+
+
+@_compiled
+def is_tight(bracket):
+    """Whether nothing lies between the two points but rounding."""
+    gap = abs(bracket.far - bracket.near)
+    return bracket.f_near == 0 or gap <= 8e-16 * max(1.0, abs(bracket.near))
+
+
+@_compiled
+def narrowed(bracket, x, fx):
+    """The bracket after a look: inverse quadratic interpolation where safe, bisection elsewhere.
+
+    Chandrupatla, Adv. Eng. Software 28, 145 (1997).
+    """
+    if (fx > 0) == (bracket.f_near > 0):
+        last, f_last, far, f_far = bracket.near, bracket.f_near, bracket.far, bracket.f_far
+    else:
+        last, f_last, far, f_far = bracket.far, bracket.f_far, bracket.near, bracket.f_near
+    if fx == 0 or fx == f_last:
+        return Bracket(x, fx, far, f_far, 0.5)
+    share = 0.5
+    along, rise = (x - far) / (last - far), (fx - f_far) / (f_last - f_far)
+    if rise**2 < along and (1 - rise) ** 2 < 1 - along:
+        share = fx / (f_far - fx) * f_last / (f_far - f_last)
+        share += (last - x) / (far - x) * fx / (f_last - fx) * f_far / (f_last - f_far)
+    least = min(4e-16 * max(1.0, abs(x)) / abs(far - x), 0.5)
+    return Bracket(x, fx, far, f_far, min(max(share, least), 1 - least))
+
+
+@_compiled
+def best(bracket):
+    """The point of the two that is nearer to the root."""
+    return bracket.near if abs(bracket.f_near) < abs(bracket.f_far) else bracket.far
 
 
 # --- temperature zero ---------------------------------------------------------------------------
+#
+# The stiffness is eliminated first, then one equation for the noise is left. How it goes depends:
+# - finite susceptibility: at given noise `v`, `ridge / k + slope(1 + k, v)` falls with the extra
+#   shrinkage `k = ridge / stiffness`, and has to be `alpha`. Without a ridge `k = 0`;
+# - a vanishing ridge where the susceptibility is infinite: `k` is finite as both go to zero;
+# - the two innermost levels, where all weights that interpolate have one norm and a ridge does
+#   not choose: the temperature goes to zero with the stiffness, at a finite ratio, `slope = alpha`.
+
+_FINITE, _VANISHING_RIDGE, _INNERMOST = 0, 1, 2
 
 
-class _Ground:
-    """The equations at temperature zero, with the stiffness eliminated.
+@_compiled
+def _extra_shrinkage(model, noise, case, left):
+    if case == _FINITE and model.ridge == 0:
+        return 0.0
+    ridge, alpha, variance = model.ridge, model.alpha, model.signal_variance + noise
+    lower = log(ridge / alpha) if ridge > 0 else -40.0
+    upper = max(lower, 0.0) + 50.0
+    _spend(left)
+    slope, _ = staircase_averages(model.levels, 1 + exp(lower), variance)
+    f_lower = ridge / exp(lower) + slope - alpha
+    if f_lower <= 0:
+        return exp(lower)
+    if slope < alpha and ridge > 0:  # the slope only falls from here
+        upper = min(upper, log(ridge / (alpha - slope)))
+    if left[0] == 0:
+        return exp(lower)
+    _spend(left)
+    slope, _ = staircase_averages(model.levels, 1 + exp(upper), variance)
+    f_upper = ridge / exp(upper) + slope - alpha
+    if f_upper >= 0:
+        return exp(upper)
+    bracket = Bracket(upper, f_upper, lower, f_lower, 0.5)
+    while left[0] > 0 and not is_tight(bracket):
+        _spend(left)
+        extra = exp(next_look(bracket))
+        slope, _ = staircase_averages(model.levels, 1 + extra, variance)
+        bracket = narrowed(bracket, next_look(bracket), ridge / extra + slope - alpha)
+    return exp(best(bracket))
 
-    At given noise `v`, `ridge / k + slope(1 + k, v)` falls with the extra shrinkage
-    `k = ridge / stiffness`, and has to be `alpha`: a root by bracketing. What is left is one
-    equation for `v`. Without a ridge `k = 0` where the susceptibility is finite; where it is not,
-    the limit of a vanishing ridge keeps `k` finite while the stiffness goes to zero.
-    """
 
-    def __init__(self, problem: TeacherStudent, limit: int):
-        self.problem = problem
-        self.budget = _Budget(limit)
-        self.vanishing_ridge = False
-        self.point = (0.0, 1.0)  # extra shrinkage and noise of the last evaluation
+@_compiled
+def _innermost(model):
+    return np.abs(model.levels).min()
 
-    def averages(self, extra: float, noise: float) -> tuple[float, float]:
-        self.budget.spend()
-        self.point = (extra, noise)
-        variance = self.problem.signal_variance + noise
-        return ground_averages(self.problem.codebook, 1 + extra, variance)
 
-    def extra_shrinkage(self, noise: float) -> float:
-        alpha, ridge = self.problem.alpha, self.problem.ridge
-        if ridge == 0 and not self.vanishing_ridge:
-            return 0.0
+@_compiled
+def _two_level_averages(model, ratio, noise):
+    level = _innermost(model)
+    variance = model.signal_variance + noise
+    return channel_averages(np.array([-level, level]), True, ratio, variance, 0.0, 1.0)
 
-        def excess(log_extra: float) -> float:
-            extra = np.exp(log_extra)
-            return ridge / extra + self.averages(extra, noise)[0] - alpha
 
-        lower = np.log(ridge / alpha) if ridge > 0 else -40.0
-        upper = max(lower, 0.0) + 50.0
-        if excess(lower) <= 0:
-            return float(np.exp(lower))
-        if excess(upper) > 0:
-            return float(np.exp(upper))
-        return float(np.exp(brentq(excess, lower, upper, xtol=1e-15, rtol=1e-15)))
+@_compiled
+def _stiffness_over_temperature(model, noise, left):
+    alpha = model.alpha
+    lower = log(alpha / _innermost(model) ** 2) - 1e-9  # a weight's variance is at most level^2
+    if left[0] == 0:
+        return exp(lower)
+    _spend(left)
+    f_lower = _two_level_averages(model, exp(lower), noise).slope - alpha
+    upper, f_upper = lower, f_lower
+    while f_upper < 0 and left[0] > 0:
+        _spend(left)
+        lower, f_lower, upper = upper, f_upper, upper + 1.0
+        f_upper = _two_level_averages(model, exp(upper), noise).slope - alpha
+    bracket = Bracket(upper, f_upper, lower, f_lower, 0.5)
+    while left[0] > 0 and not is_tight(bracket):
+        _spend(left)
+        here = _two_level_averages(model, exp(next_look(bracket)), noise)
+        bracket = narrowed(bracket, next_look(bracket), here.slope - alpha)
+    return exp(best(bracket))
 
-    def drift(self, log_noise: float) -> float:
-        noise = np.exp(log_noise)
-        slope, mean_square = self.averages(self.extra_shrinkage(noise), noise)
-        return _drift(self.problem, slope, mean_square, noise)
 
-    def solve(self) -> bool:
-        """Leave the root with the largest noise in `point`; false if there is none."""
-        problem, codebook = self.problem, self.problem.codebook
-        outer = np.abs(codebook.levels).max()
-        most = (np.sqrt(problem.signal_variance) + outer) ** 2 + problem.noise_variance
-        least = problem.noise_variance / problem.alpha
-        if problem.ridge > 0 or self.vanishing_ridge:
+@_compiled
+def _ground_drift(model, log_noise, case, left):
+    """Change of the noise in one pass of the map, at the stiffness that belongs to it."""
+    noise = exp(log_noise)
+    if case == _INNERMOST:
+        here = _two_level_averages(model, _stiffness_over_temperature(model, noise, left), noise)
+        return _drift(model, here.slope, here.mean_square, noise)
+    extra = _extra_shrinkage(model, noise, case, left)
+    _spend(left)
+    slope, mean_square = staircase_averages(model.levels, 1 + extra, model.signal_variance + noise)
+    return _drift(model, slope, mean_square, noise)
+
+
+@_compiled
+def _noise_range(model, case):
+    """Logarithms of bounds on the noise."""
+    alpha, rho = model.alpha, model.signal_variance
+    least = model.noise_variance / alpha
+    if case == _INNERMOST:
+        most = (2 * _innermost(model) / alpha) ** 2 / (2 * np.pi) - rho
+        upper = log(most) - 1e-6
+    else:
+        most = (sqrt(rho) + np.abs(model.levels).max()) ** 2 + model.noise_variance
+        upper = log(2 * most / alpha)
+        if model.ridge > 0 or case == _VANISHING_RIDGE:
             # A threshold at zero keeps a slope that no shrinkage takes away.
-            kept = codebook.spacing[codebook.thresholds == 0].sum() / problem.alpha
-            least = max(least, kept**2 / (2 * np.pi) - problem.signal_variance)
-        bottom = max(np.log(least), _LOG_TINY) if least > 0 else _LOG_TINY
-        root = _largest_root(self.drift, np.log(2 * most / problem.alpha), bottom)
-        if root is None:
-            return False
-        noise = np.exp(root)
-        self.point = (self.extra_shrinkage(noise), noise)
-        return True
-
-    def saddle_point(self) -> SaddlePoint:
-        problem, (extra, noise) = self.problem, self.point
-        slope, mean_square = ground_averages(
-            problem.codebook, 1 + extra, problem.signal_variance + noise
-        )
-        if problem.ridge > 0:
-            stiffness = problem.ridge / extra if extra > 0 else np.nan
-        else:
-            stiffness = 0.0 if self.vanishing_ridge else max(problem.alpha - slope, 0.0)
-        return _saddle_point(problem, stiffness, noise, slope, mean_square, self.budget.spent)
+            kept = 0.0
+            for k in range(model.levels.size - 1):
+                if model.levels[k] == -model.levels[k + 1]:
+                    kept = 2 * model.levels[k + 1] / alpha
+            least = max(least, kept**2 / (2 * np.pi) - rho)
+    return (max(log(least), _LOG_TINY) if least > 0 else _LOG_TINY), upper
 
 
-def ground_state(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
+@_compiled
+def _largest_noise(model, case, left):
+    """Logarithm of the largest root, found by walking down; whether there is one.
+
+    Where the evaluations run out on the way, the place that was reached.
+    """
+    bottom, upper = _noise_range(model, case)
+    f_upper = -np.inf  # the map lowers a noise that is above all bounds
+    while upper > bottom and left[0] > 0:
+        lower = max(upper - 0.5, bottom)
+        f_lower = _ground_drift(model, lower, case, left)
+        if f_lower >= 0:
+            if f_upper == -np.inf and left[0] > 0:
+                f_upper = _ground_drift(model, upper, case, left)
+            bracket = Bracket(lower, f_lower, upper, f_upper, 0.5)
+            while left[0] > 0 and not is_tight(bracket):
+                look = next_look(bracket)
+                bracket = narrowed(bracket, look, _ground_drift(model, look, case, left))
+            return best(bracket), True
+        upper, f_upper = lower, f_lower
+    return upper, left[0] == 0
+
+
+@_compiled
+def ground_state(model, limit):
     """The saddle point at temperature zero.
 
     The root with a finite susceptibility where there is one. Else the limit of a vanishing
     ridge: the interpolating weights of least norm; and where all weights that interpolate have
     one norm (they lie on the two innermost levels), their uniform average.
     """
-    ground = _Ground(problem, max_iterations)
-    try:
-        found = ground.solve()
-        if found and problem.ridge == 0 and ground.saddle_point().slope >= problem.alpha:
-            ground.vanishing_ridge = True
-            found = ground.solve()
-    except _Exhausted:
-        found = True
+    left = np.array([limit])
+    log_noise, found = _largest_noise(model, _FINITE, left)
     if found:
-        return ground.saddle_point()
-    return _innermost_levels(problem, ground.budget)
+        point = _ground_point(model, log_noise, _FINITE, limit - left[0])
+        if point.slope < model.alpha or model.ridge > 0 or left[0] == 0:
+            return point
+        log_noise, found = _largest_noise(model, _VANISHING_RIDGE, left)
+        if found:
+            return _ground_point(model, log_noise, _VANISHING_RIDGE, limit - left[0])
+    log_noise, _ = _largest_noise(model, _INNERMOST, left)
+    return _innermost_point(model, log_noise, limit - left[0])
 
 
-def _innermost_levels(problem: TeacherStudent, budget: _Budget) -> SaddlePoint:
-    """Infinite susceptibility on the two levels of least magnitude: `slope = alpha`.
+@_compiled
+def _ground_point(model, log_noise, case, iterations):
+    noise = exp(log_noise)
+    extra = _extra_shrinkage(model, noise, case, np.array([1000]))
+    slope, mean_square = staircase_averages(model.levels, 1 + extra, model.signal_variance + noise)
+    if model.ridge > 0:
+        stiffness = model.ridge / extra
+    else:
+        stiffness = 0.0 if case == _VANISHING_RIDGE else max(model.alpha - slope, 0.0)
+    residual = _residual(model, stiffness, noise, slope, mean_square)
+    return SaddlePoint(
+        stiffness, noise, slope, mean_square, mean_square, np.inf, 0.0, residual, iterations
+    )
 
-    The temperature goes to zero with the stiffness, and only their ratio `k` matters.
-    """
-    level = np.abs(problem.codebook.levels).min()
-    codebook = Codebook([-level, level])
-    alpha, rho = problem.alpha, problem.signal_variance
 
-    def averages(log_ratio: float, noise: float) -> ChannelAverages:
-        budget.spend()
-        return thermal_averages(codebook, np.exp(log_ratio), rho + noise, 0.0, 1.0)
-
-    def ratio(noise: float) -> float:
-        lower = np.log(alpha / level**2) - 1e-9  # the variance of a weight is at most level^2
-        upper = lower + 1.0
-        while averages(upper, noise).slope < alpha:
-            upper += 1.0
-        return brentq(
-            lambda x: averages(x, noise).slope - alpha, lower, upper, xtol=1e-14, rtol=1e-14
-        )
-
-    def drift(log_noise: float) -> float:
-        noise = np.exp(log_noise)
-        here = averages(ratio(noise), noise)
-        return _drift(problem, here.slope, here.mean_square, noise)
-
-    most = (2 * level / alpha) ** 2 / (2 * np.pi) - rho
-    least = problem.noise_variance / alpha
-    point = (np.log(alpha / level**2), np.log(most))
-    try:
-        root = _largest_root(drift, np.log(most) - 1e-6, np.log(least) if least > 0 else _LOG_TINY)
-        if root is not None:
-            point = (ratio(np.exp(root)), root)
-    except _Exhausted:
-        pass
-    noise = np.exp(point[1])
-    here = thermal_averages(codebook, np.exp(point[0]), rho + noise, 0.0, 1.0)
-    return _saddle_point(
-        problem,
+@_compiled
+def _innermost_point(model, log_noise, iterations):
+    noise = exp(log_noise)
+    ratio = _stiffness_over_temperature(model, noise, np.array([1000]))
+    here = _two_level_averages(model, ratio, noise)
+    return SaddlePoint(
         0.0,
         noise,
         here.slope,
         here.mean_square,
-        budget.spent,
-        variance=level**2 - here.mean_square,
-        squared_slope=here.squared_slope,
-        entropy=here.entropy,
+        _innermost(model) ** 2,
+        here.squared_slope,
+        here.entropy,
+        _residual(model, 0.0, noise, here.slope, here.mean_square),
+        iterations,
     )
 
 
 # --- temperature above zero ---------------------------------------------------------------------
 
 
-class _Thermal:
-    """The equations above temperature zero, and ways to a root.
+class Point(NamedTuple):
+    """Logarithms of `a` and of `v` plus a floor, so that no step leads to a negative stiffness."""
 
-    A point is `(log a, log(v + floor))`, so that no step leads to a negative stiffness.
+    x: float
+    y: float
+
+
+@_compiled
+def _point(model, stiffness, noise):
+    return Point(log(stiffness), log(noise + _FLOOR * model.signal_variance / model.alpha))
+
+
+@_compiled
+def unknowns(model, point):
+    """Stiffness and noise at a point."""
+    floor = _FLOOR * model.signal_variance / model.alpha
+    return exp(point.x), max(exp(point.y) - floor, 0.0)
+
+
+class Defect(NamedTuple):
+    """What one pass of the map changes, and the derivatives of that in the point.
+
+    `x` falls by `pull`, `y` grows by `drift`.
     """
 
-    def __init__(self, problem: TeacherStudent, limit: int):
-        self.problem = problem
-        self.budget = _Budget(limit)
-        self.floor = _FLOOR * problem.signal_variance / problem.alpha
+    pull: float
+    drift: float
+    pull_by_x: float
+    pull_by_y: float
+    drift_by_x: float
+    drift_by_y: float
 
-    def point(self, stiffness: float, noise: float) -> NDArray:
-        return np.log([stiffness, noise + self.floor])
 
-    def unknowns(self, point: NDArray) -> tuple[float, float]:
-        stiffness, noise = np.exp(point) - [0.0, self.floor]
-        return stiffness, max(noise, 0.0)
+@_compiled
+def _averages(model, point, temperature):
+    stiffness, noise = unknowns(model, point)
+    variance = model.signal_variance + noise
+    return channel_averages(model.levels, model.even, stiffness, variance, model.ridge, temperature)
 
-    def averages(self, point: NDArray, temperature: float) -> ChannelAverages:
-        problem, (stiffness, noise) = self.problem, self.unknowns(point)
-        return thermal_averages(
-            problem.codebook,
-            stiffness,
-            problem.signal_variance + noise,
-            problem.ridge,
-            temperature,
+
+@_compiled
+def defect(model, point, temperature, left):
+    """One evaluation of the map."""
+    _spend(left)
+    alpha, rho = model.alpha, model.signal_variance
+    stiffness, noise = unknowns(model, point)
+    here = _averages(model, point, temperature)
+    total = stiffness + here.slope
+    by_stiffness = here.mean_square_by_stiffness - 2 * rho * here.slope_by_stiffness
+    by_noise = here.mean_square_by_variance - 2 * rho * here.slope_by_variance
+    after = alpha * _noise_after(model, here.slope, here.mean_square) + _FLOOR * rho
+    floored = exp(point.y)
+    return Defect(
+        log(total / alpha),
+        _drift(model, here.slope, here.mean_square, noise),
+        stiffness * (1 + here.slope_by_stiffness) / total,
+        floored * here.slope_by_variance / total,
+        stiffness * by_stiffness / after,
+        floored * by_noise / after - 1,
+    )
+
+
+@_compiled
+def newton(model, guess, temperature, left):
+    """The root near the guess, and whether Newton's method found one close by."""
+    point = guess
+    for _ in range(12):
+        if left[0] == 0:
+            break
+        d = defect(model, point, temperature, left)
+        determinant = d.pull_by_x * d.drift_by_y - d.pull_by_y * d.drift_by_x
+        if determinant == 0 or not np.isfinite(determinant):
+            break
+        point = Point(
+            point.x - (d.drift_by_y * d.pull - d.pull_by_y * d.drift) / determinant,
+            point.y - (d.pull_by_x * d.drift - d.drift_by_x * d.pull) / determinant,
         )
-
-    def defect(self, point: NDArray, temperature: float) -> tuple[NDArray, NDArray]:
-        """What one pass of the map changes, and the Jacobian of that in `point`.
-
-        `log a` falls by the first entry, the other coordinate grows by the second.
-        """
-        self.budget.spend()
-        problem, here = self.problem, self.averages(point, temperature)
-        alpha, rho = problem.alpha, problem.signal_variance
-        stiffness, noise = self.unknowns(point)
-        total = stiffness + here.slope
-        new_noise = _noise(problem, here.slope, here.mean_square)
-        drift = _drift(problem, here.slope, here.mean_square, noise)
-        by_stiffness = here.mean_square_by_stiffness - 2 * rho * here.slope_by_stiffness
-        by_noise = here.mean_square_by_variance - 2 * rho * here.slope_by_variance
-        rows = [
-            np.array([1 + here.slope_by_stiffness, here.slope_by_variance]) / total,
-            np.array([by_stiffness, by_noise]) / (alpha * (new_noise + self.floor)),
-        ]
-        jacobian = np.array(rows) * [stiffness, noise + self.floor] - [[0, 0], [0, 1]]
-        return np.array([np.log(total / alpha), drift]), jacobian
-
-    def newton(self, guess: NDArray, temperature: float) -> NDArray | None:
-        """The root near the guess, or None if Newton's method does not find one close by."""
-        point = guess
-        for _ in range(12):
-            defect, jacobian = self.defect(point, temperature)
-            if not np.isfinite(jacobian).all() or np.linalg.det(jacobian) == 0:
-                return None
-            point = point - np.linalg.solve(jacobian, defect)
-            if not np.abs(point - guess).max() < 0.5:
-                return None
-            if np.abs(defect).max() < 1e-7:  # the last step has left rounding
-                return point
-        return None
-
-    def flow(self, point: NDArray, temperature: float) -> NDArray:
-        """Where the damped map goes from `point`, in longer strides while it goes straight on.
-
-        Just past the end of a root the map lingers where the root was; hence the strides.
-        """
-        stride, before, near = 0.5, np.zeros(2), 0.02
-        while True:
-            defect, _ = self.defect(point, temperature)
-            size = np.abs(defect).max()
-            if size < near:
-                found = self.newton(point, temperature)
-                if found is not None:
-                    return found
-            near = min(near, size / 2) if size < 0.02 else 0.02
-            step = defect * [-1, 1]
-            straight = step @ before > 0.9 * np.linalg.norm(step) * np.linalg.norm(before)
-            stride = min(1.5 * stride, 0.5 / size) if straight else 0.5
-            point, before = point + stride * step, step
-
-    def follow(self, point: NDArray, start: float, jump: bool) -> NDArray | None:
-        """Carry a root from temperature `start` to the problem's; steps adapt to what it does.
-
-        Where the root ends on the way, go where the map goes, or give None if not `jump`.
-        """
-        end = np.log(self.problem.temperature)
-        here, step = np.log(start), np.log(4.0) * np.sign(end - np.log(start))
-        velocity = np.zeros(2)
-        while here != end:
-            there = end if abs(end - here) <= abs(step) else here + step
-            temperature = self.problem.temperature if there == end else np.exp(there)
-            guess = point + velocity * (there - here)
-            found = self.newton(guess, temperature)
-            if found is None and abs(step) > 0.01:
-                step /= 2
-                continue
-            if found is None:
-                if not jump:
-                    return None
-                found = self.flow(point, temperature)
-            jumped = np.abs(found - guess).max() > 0.5
-            velocity = np.zeros(2) if jumped else (found - point) / (there - here)
-            if jumped or np.abs(found - guess).max() < 0.1:
-                step *= 1.5
-            point, here = found, there
-        return point
-
-    def saddle_point(self, point: NDArray) -> SaddlePoint:
-        here = self.averages(point, self.problem.temperature)
-        stiffness, noise = self.unknowns(point)
-        return _saddle_point(
-            self.problem,
-            stiffness,
-            noise,
-            here.slope,
-            here.mean_square,
-            self.budget.spent,
-            variance=self.problem.temperature * here.slope / stiffness,
-            squared_slope=here.squared_slope,
-            entropy=here.entropy,
-        )
+        if not _distance(point, guess) < 0.5:
+            break
+        if max(abs(d.pull), abs(d.drift)) < 1e-7:  # the last step has left rounding
+            return point, True
+    return guess, False
 
 
-def _hot_guess(problem: TeacherStudent, temperature: float) -> tuple[float, float]:
-    """Ridge regression whose Gaussian prior has, at this temperature, the codebook's spread."""
-    prior = problem.ridge + temperature / np.square(problem.codebook.levels).mean()
-    ridge = ridge_solution(problem.alpha, problem.noise_variance, prior, problem.signal_variance)
-    slope = ridge.overlap / problem.signal_variance
-    noise = ridge.self_overlap / slope**2 - problem.signal_variance
-    return slope / ridge.susceptibility, max(noise, 0.0)
+@_compiled
+def _distance(one, other):
+    return max(abs(one.x - other.x), abs(one.y - other.y))
 
 
-def cooled(problem: TeacherStudent, max_iterations: int) -> SaddlePoint:
-    """The saddle point reached by cooling slowly from a high temperature, where it is unique."""
-    thermal = _Thermal(problem, max_iterations)
-    # So hot that the weights do not feel that the levels are discrete.
-    hot = max(problem.temperature, 4 * problem.alpha * problem.codebook.spacing.max() ** 2)
-    point = thermal.point(*_hot_guess(problem, hot))
-    try:
-        point = thermal.flow(point, hot)
-        point = thermal.follow(point, hot, jump=True)
-    except _Exhausted:
-        pass
-    return thermal.saddle_point(point)
+@_compiled
+def flow(model, point, temperature, left):
+    """Where the damped map goes from `point`, in longer strides while it goes straight on.
 
-
-def heated(problem: TeacherStudent, max_iterations: int) -> SaddlePoint | None:
-    """The saddle point reached by heating that of temperature zero.
-
-    None if that has an infinite susceptibility, or if the root ends before the temperature.
+    Just past the end of a root the map lingers where the root was; hence the strides.
     """
-    ground = ground_state(problem, max_iterations)
-    if ground.stiffness == 0 or not ground.converged:
-        return None
-    thermal = _Thermal(problem, max_iterations)
+    stride, near, before_x, before_y = 0.5, 0.02, 0.0, 0.0
+    while left[0] > 0:
+        d = defect(model, point, temperature, left)
+        size = max(abs(d.pull), abs(d.drift))
+        if size < near:
+            root, found = newton(model, point, temperature, left)
+            if found:
+                return root
+        near = min(near, size / 2) if size < 0.02 else 0.02
+        x, y = -d.pull, d.drift
+        along = x * before_x + y * before_y
+        straight = along > 0.9 * sqrt((x * x + y * y) * (before_x**2 + before_y**2))
+        stride = min(1.5 * stride, 0.5 / size) if straight else 0.5
+        point = Point(point.x + stride * x, point.y + stride * y)
+        before_x, before_y = x, y
+    return point
+
+
+class Track(NamedTuple):
+    """A root on its way from one temperature to another; temperatures as logarithms."""
+
+    point: Point
+    velocity: Point
+    temperature: float
+    step: float
+    alive: bool
+
+
+@_compiled
+def _stepped(model, track, there, jump, left):
+    """The track after a try to carry its root to the temperature `there`.
+
+    If that fails the next try is half as far; where the root ends, it goes where the map goes if
+    `jump`, and dies if not.
+    """
+    point, distance = track.point, there - track.temperature
+    guess = Point(point.x + track.velocity.x * distance, point.y + track.velocity.y * distance)
+    found, success = newton(model, guess, exp(there), left)
+    if not success:
+        if abs(distance) > _FINEST or left[0] == 0:
+            return Track(point, track.velocity, track.temperature, distance / 2, True)
+        if not jump:
+            return Track(point, track.velocity, track.temperature, track.step, False)
+        found = flow(model, point, exp(there), left)
+    error = _distance(found, guess)
+    velocity = Point((found.x - point.x) / distance, (found.y - point.y) / distance)
+    step = track.step
+    if error > 0.5:
+        velocity = Point(0.0, 0.0)
+    if error > 0.5 or error < 0.1:
+        step *= 1.5
+    return Track(found, velocity, there, step, True)
+
+
+@_compiled
+def _approached(model, track, end, jump, left):
+    """The track once `end` is within its next step: a path that does not depend on `end`."""
+    while track.alive and left[0] > 0 and abs(end - track.temperature) > abs(track.step):
+        track = _stepped(model, track, track.temperature + track.step, jump, left)
+    return track
+
+
+@_compiled
+def _arrived(model, track, end, jump, left):
+    """The track at `end`."""
+    while track.alive and left[0] > 0 and track.temperature != end:
+        within = abs(end - track.temperature) <= abs(track.step)
+        there = end if within else track.temperature + track.step
+        track = _stepped(model, track, there, jump, left)
+    return track
+
+
+@_compiled
+def _thermal_point(model, point, temperature, iterations):
+    here = _averages(model, point, temperature)
+    stiffness, noise = unknowns(model, point)
+    return SaddlePoint(
+        stiffness,
+        noise,
+        here.slope,
+        here.mean_square,
+        here.mean_square + temperature * here.slope / stiffness,
+        here.squared_slope,
+        here.entropy,
+        _residual(model, stiffness, noise, here.slope, here.mean_square),
+        iterations,
+    )
+
+
+@_compiled
+def hot(model):
+    """A temperature so high that the weights do not feel that the levels are discrete."""
+    spacing = model.levels[1:] - model.levels[:-1]
+    return 4 * model.alpha * spacing.max() ** 2
+
+
+@_compiled
+def cooled(model, temperatures, stiffness, noise, limit):
+    """Saddle points reached by cooling slowly from a high temperature, where there is only one.
+
+    `temperatures` descends. All that are below `hot` share one path, and each leaves it for its
+    own last step: so none of them depends on the others. `stiffness` and `noise` are guesses at
+    `max(temperature, hot)`.
+    """
+    results = []
+    start = hot(model)
+    shared = np.array([limit])
+    track = Track(Point(0.0, 0.0), Point(0.0, 0.0), log(start), -log(4.0), False)
+    for k in range(temperatures.size):
+        temperature = temperatures[k]
+        guess = _point(model, stiffness[k], noise[k])
+        if temperature >= start:
+            left = np.array([limit])
+            point = flow(model, guess, temperature, left)
+        else:
+            if not track.alive:
+                point = flow(model, guess, start, shared)
+                track = Track(point, track.velocity, track.temperature, track.step, True)
+            track = _approached(model, track, log(temperature), True, shared)
+            left = shared.copy()
+            point = _arrived(model, track, log(temperature), True, left).point
+        results.append(_thermal_point(model, point, temperature, limit - left[0]))
+    return results
+
+
+@_compiled
+def heated(model, temperatures, limit):
+    """Saddle points reached by heating that of temperature zero; `temperatures` ascends.
+
+    None where that has an infinite susceptibility, or where its root ends before the temperature.
+    Paths are shared as in `cooled`.
+    """
+    ground = ground_state(model, limit)
+    if ground.stiffness == 0 or not ground.residual < 1e-9:
+        return [_none() for _ in temperatures]
+    spacing = model.levels[1:] - model.levels[:-1]
     # So cold that each threshold is much sharper than the levels are apart.
-    cold = 1e-3 * ground.stiffness * problem.codebook.spacing.min() ** 2
-    start = min(problem.temperature, cold)
-    try:
-        point = thermal.newton(thermal.point(ground.stiffness, ground.noise), start)
-        point = point if point is None else thermal.follow(point, start, jump=False)
-    except _Exhausted:
-        return None
-    return point if point is None else thermal.saddle_point(point)
+    start = 1e-3 * ground.stiffness * spacing.min() ** 2
+    guess = _point(model, ground.stiffness, ground.noise)
+    results = []
+    shared = np.array([limit])
+    point, alive = newton(model, guess, start, shared)
+    track = Track(point, Point(0.0, 0.0), log(start), log(4.0), alive)
+    for temperature in temperatures:
+        left = shared.copy()
+        if temperature <= start:
+            left[0] = limit
+            point, alive = newton(model, guess, temperature, left)
+        else:
+            track = _approached(model, track, log(temperature), False, shared)
+            left = shared.copy()
+            arrived = _arrived(model, track, log(temperature), False, left)
+            point, alive = arrived.point, arrived.alive and arrived.temperature == log(temperature)
+        results.append(
+            _thermal_point(model, point, temperature, limit - left[0]) if alive else _none()
+        )
+    return results

@@ -4,21 +4,20 @@ The field `r` is N(0, variance); the weight has the law
 `p(w | r) ~ exp(-[stiffness (w - r)^2 / 2 + ridge w^2 / 2] / temperature)` on the codebook.
 """
 
-from dataclasses import dataclass
+from math import erfc, exp, log, sqrt
+from typing import NamedTuple
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from qgen_lab.codebooks import Codebook
 from qgen_lab.theory.quadrature import gaussian_rule
 
-_NEGLIGIBLE = 45.0  # a level whose weight is exp(-45) of the largest is left out
-_CHUNK = 1 << 14  # node-level pairs worked on at once: what a cache holds
+_NEGLIGIBLE = -45.0  # a level whose weight is exp(-45) of the largest is left out
 
 
-@dataclass(frozen=True)
-class ChannelAverages:
+class ChannelAverages(NamedTuple):
     """Averages over the field; `<.>` is the mean over the weight's law at a given field.
 
     Attributes
@@ -51,114 +50,8 @@ def thermal_averages(
     codebook: Codebook, stiffness: float, variance: float, ridge: float, temperature: float
 ) -> ChannelAverages:
     """Averages at a temperature above zero, by quadrature graded around the thresholds."""
-    curvature = stiffness + ridge
-    # The law changes from one level to the next over T / (stiffness * spacing), unless so many
-    # levels take part that they act as a continuum: then over the posterior width.
-    step = temperature / (stiffness * codebook.spacing)
-    continuum = np.sqrt(temperature * curvature) / stiffness
-    nodes, weights = gaussian_rule(
-        np.sqrt(variance),
-        codebook.thresholds * (curvature / stiffness),
-        3.0 * np.minimum(step, continuum),
-    )
-    target = nodes * (stiffness / curvature)
-    nearest = codebook.code(target)
-    first, last = _active_levels(codebook, target, nearest, temperature / curvature)
-    rows = max(_CHUNK // int((last - first).max()), 1)
-    sums = np.zeros(8)
-    for start in range(0, nodes.size, rows):
-        part = slice(start, start + rows)
-        law = _Law.of(
-            codebook.levels, target[part], nearest[part], first[part], last[part],
-            curvature / temperature,
-        )  # fmt: skip
-        sums += weights[part] @ _integrands(nodes[part], law, stiffness, temperature)
-    covariance, mean_square, squared_slope, entropy = sums[:4]
-    covariance_by_a, mean_square_by_a, covariance_by_v, mean_square_by_v = sums[4:]
-    slope = covariance / variance
-    return ChannelAverages(
-        slope=slope,
-        mean_square=mean_square,
-        squared_slope=squared_slope,
-        entropy=entropy,
-        slope_by_stiffness=covariance_by_a / variance,
-        slope_by_variance=(covariance_by_v / (2 * variance) - slope) / variance,
-        mean_square_by_stiffness=mean_square_by_a,
-        mean_square_by_variance=mean_square_by_v / variance,
-    )
-
-
-def _active_levels(
-    codebook: Codebook, target: NDArray, nearest: NDArray, spread: float
-) -> tuple[NDArray, NDArray]:
-    """Half-open index range, for each target, of the levels whose weight is not negligible.
-
-    The weight of a level is `exp(-(level - target)^2 / (2 spread))`, relative to the nearest one.
-    """
-    levels = codebook.levels
-    radius = np.sqrt((levels[nearest] - target) ** 2 + 2 * _NEGLIGIBLE * spread)
-    first = np.searchsorted(levels, target - radius)
-    last = np.searchsorted(levels, target + radius, side="right")
-    return np.minimum(first, nearest), np.maximum(last, nearest + 1)
-
-
-@dataclass(frozen=True)
-class _Law:
-    """The weight's law at each node: arrays of shape (nodes, active levels), or (nodes,)."""
-
-    centre: NDArray  # the nearest level
-    offset: NDArray  # level minus centre
-    exponent: NDArray  # log-weight relative to the centre's
-    probability: NDArray
-    log_total: NDArray
-
-    @classmethod
-    def of(cls, levels, target, nearest, first, last, sharpness):
-        index = first[:, None] + np.arange((last - first).max())
-        centre = levels[nearest]
-        offset = levels[np.minimum(index, levels.size - 1)] - centre[:, None]
-        # Relative to the nearest level, so that nothing large is subtracted from anything large.
-        exponent = sharpness * offset * ((target - centre)[:, None] - offset / 2)
-        exponent[index >= last[:, None]] = -1000.0
-        probability = np.exp(exponent)
-        total = probability.sum(axis=1)
-        probability /= total[:, None]
-        return cls(centre, offset, exponent, probability, np.log(total))
-
-    def moments(self) -> list[NDArray]:
-        """First three moments of the offset."""
-        weighted, result = self.probability, []
-        for _ in range(3):
-            weighted = weighted * self.offset
-            result.append(weighted.sum(axis=1))
-        return result
-
-    def entropy(self) -> NDArray:
-        """Shannon entropy, in nats."""
-        return self.log_total - np.einsum("ij,ij->i", self.probability, self.exponent)
-
-
-def _integrands(field: NDArray, law: _Law, stiffness: float, temperature: float) -> NDArray:
-    """What `thermal_averages` averages, at each node: shape (n, 8)."""
-    first, second, third = law.moments()
-    mean = law.centre + first
-    variance = second - first**2
-    response = stiffness / temperature * variance  # d<w>/dr
-    covariance_with_square = 2 * law.centre * variance + third - first * second
-    by_stiffness = (field * variance - covariance_with_square / 2) / temperature
-    return np.stack(
-        [
-            field * mean,
-            mean**2,
-            response**2,
-            law.entropy(),
-            field * by_stiffness,
-            2 * mean * by_stiffness,
-            field * mean + field**2 * response,
-            mean * field * response,
-        ],
-        axis=1,
-    )
+    levels = codebook.levels.copy()
+    return channel_averages(levels, is_even(levels), stiffness, variance, ridge, temperature)
 
 
 def ground_averages(codebook: Codebook, shrinkage: float, variance: float) -> tuple[float, float]:
@@ -166,10 +59,116 @@ def ground_averages(codebook: Codebook, shrinkage: float, variance: float) -> tu
 
     `w*` is the level nearest to `r / shrinkage`, where shrinkage is 1 + ridge / stiffness.
     """
-    deviation = np.sqrt(variance)
-    cut = codebook.thresholds * (shrinkage / deviation)
-    density = np.exp(-0.5 * cut**2) / (np.sqrt(2 * np.pi) * deviation)
+    return staircase_averages(codebook.levels.copy(), shrinkage, variance)
+
+
+def is_even(levels: NDArray) -> bool:
+    """Whether the levels are symmetric about zero: then all averages are of even functions."""
+    return bool((levels == -levels[::-1]).all())
+
+
+@numba.njit(cache=True, nogil=True)
+def channel_averages(levels, even, stiffness, variance, ridge, temperature):
+    """`thermal_averages`, compiled."""
+    curvature = stiffness + ridge
+    centres, sizes = _transitions(levels, stiffness, ridge, temperature)
+    nodes, weights = gaussian_rule(sqrt(variance), centres, sizes, even)
+    nearest = 0
+    covariance = mean_square = squared_slope = entropy = 0.0
+    covariance_by_a = covariance_by_v = mean_square_by_a = mean_square_by_v = 0.0
+    for field, weight in zip(nodes, weights):  # noqa: B905, `strict` does not compile
+        target = field * (stiffness / curvature)
+        while nearest < levels.size - 1 and 2 * target > levels[nearest] + levels[nearest + 1]:
+            nearest += 1
+        first, second, third, shannon = _law(levels, nearest, target, curvature / temperature)
+        centre = levels[nearest]
+        mean = centre + first
+        spread = second - first**2
+        response = stiffness / temperature * spread  # d<w>/dr
+        covariance_with_square = 2 * centre * spread + third - first * second
+        by_stiffness = (field * spread - covariance_with_square / 2) / temperature
+        covariance += weight * field * mean
+        mean_square += weight * mean**2
+        squared_slope += weight * response**2
+        entropy += weight * shannon
+        covariance_by_a += weight * field * by_stiffness
+        mean_square_by_a += weight * 2 * mean * by_stiffness
+        covariance_by_v += weight * field * (mean + field * response)
+        mean_square_by_v += weight * mean * field * response
+    slope = covariance / variance
+    return ChannelAverages(
+        slope,
+        mean_square,
+        squared_slope,
+        entropy,
+        covariance_by_a / variance,
+        (covariance_by_v / (2 * variance) - slope) / variance,
+        mean_square_by_a,
+        mean_square_by_v / variance,
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def _transitions(levels, stiffness, ridge, temperature):
+    """Fields at which the law changes from one level to the next, and panels narrow enough there.
+
+    The change takes `temperature / (stiffness * spacing)`. Where many levels take part at once,
+    those of even spacing act as a smooth continuum; where the spacing changes, and at the two
+    ends, the law changes over the posterior width.
+    """
+    curvature = stiffness + ridge
+    spacing = levels[1:] - levels[:-1]
+    centres = (levels[1:] / 2 + levels[:-1] / 2) * (curvature / stiffness)
+    posterior_width = sqrt(temperature * curvature) / stiffness
+    sizes = np.empty(spacing.size)
+    for k in range(spacing.size):
+        sizes[k] = 3 * temperature / (stiffness * spacing[k])
+        before, after = max(k - 1, 0), min(k + 1, spacing.size - 1)
+        unevenness = max(abs(spacing[before] - spacing[k]), abs(spacing[after] - spacing[k]))
+        if before == k or after == k or unevenness > 1e-9 * spacing[k]:
+            sizes[k] = min(sizes[k], 3 * posterior_width)
+    return centres, sizes
+
+
+@numba.njit(cache=True, nogil=True)
+def _law(levels, nearest, target, sharpness):
+    """First three moments of level minus nearest level, and Shannon entropy.
+
+    The weight of a level is `exp(-sharpness (level - target)^2 / 2)`, relative to the nearest one,
+    so that nothing large is subtracted from anything large. It falls away from there.
+    """
+    total, first, second, third, log_weight = 1.0, 0.0, 0.0, 0.0, 0.0
+    distance = target - levels[nearest]
+    for way in (1, -1):
+        k = nearest + way
+        while 0 <= k < levels.size:
+            offset = levels[k] - levels[nearest]
+            exponent = sharpness * offset * (distance - offset / 2)
+            if exponent < _NEGLIGIBLE:
+                break
+            weight = exp(exponent)
+            total += weight
+            first += weight * offset
+            second += weight * offset * offset
+            third += weight * offset * offset * offset
+            log_weight += weight * exponent
+            k += way
+    shannon = log(total) - log_weight / total
+    return first / total, second / total, third / total, shannon
+
+
+@numba.njit(cache=True, nogil=True)
+def staircase_averages(levels, shrinkage, variance):
+    """`ground_averages`, compiled."""
+    deviation = sqrt(variance)
+    slope, mean_square = 0.0, 0.0
     # Added up outwards from the level of a vanishing field: no difference of near-equal tails.
-    home = codebook.levels[np.searchsorted(cut, 0.0)]
-    outward = np.where(cut >= 0, 1.0, -1.0) * np.diff(codebook.levels**2)
-    return float(codebook.spacing @ density), float(home**2 + outward @ ndtr(-np.abs(cut)))
+    home = levels[0]
+    for k in range(levels.size - 1):
+        cut = (levels[k] / 2 + levels[k + 1] / 2) * (shrinkage / deviation)
+        gain = levels[k + 1] ** 2 - levels[k] ** 2
+        if cut < 0:
+            home, gain = levels[k + 1], -gain
+        slope += (levels[k + 1] - levels[k]) * exp(-0.5 * cut**2)
+        mean_square += gain * erfc(abs(cut) / sqrt(2.0)) / 2
+    return slope / (sqrt(2 * np.pi) * deviation), home**2 + mean_square

@@ -6,16 +6,27 @@ the book's chapter "Typical case". Every convention that others may set differen
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
+import numba
 import numpy as np
 import pandas as pd
+from numba import config
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from qgen_lab.codebooks import Codebook
 from qgen_lab.theory.problem import TeacherStudent
-from qgen_lab.theory.saddle_point import SaddlePoint, cooled, ground_state, heated
+from qgen_lab.theory.ridge import ridge_solution
+from qgen_lab.theory.saddle_point import Model, cooled, ground_state, heated, hot
 from qgen_lab.theory.scalar_channel import ground_averages
+
+_TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
+_FIGURES = (
+    "overlap", "replica_overlap", "self_overlap", "susceptibility", "gen_error", "gen_error_mean",
+    "train_error", "free_energy", "entropy", "replicon", "residual", "iterations",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class RSSolution:
         "stable", "unstable" (replicon below 0) or "interpolating" (infinite susceptibility,
         training error 0, the other figures in the limit of a vanishing ridge); "none" where the
         branch asked for does not exist.
+    branch : str or ndarray
+        Which solution it is: "ground" (temperature 0), "cooled" or "heated".
     converged : bool or ndarray
         Whether the residual is below 1e-9. If not, the figures are not a solution.
     iterations : int or ndarray
@@ -66,6 +79,7 @@ class RSSolution:
     entropy: float
     replicon: float
     phase: str
+    branch: str
     converged: bool
     iterations: int
     residual: float
@@ -129,57 +143,139 @@ def solve_rs(
     if max_iterations < 1:
         raise ValueError(f"max_iterations = {max_iterations!r}: give at least 1")
     if isinstance(problem, TeacherStudent):
-        return _observables(problem, _saddle_point(problem, branch, max_iterations))
+        columns = _solve([problem], branch, max_iterations)
+        return RSSolution(**{name: column.item() for name, column in columns.items()})
     problems = list(problem)
     if not all(isinstance(each, TeacherStudent) for each in problems):
         raise TypeError("problem: give a TeacherStudent or a sequence of them")
-    solutions = [solve_rs(each, branch, max_iterations) for each in problems]
-    return RSSolution(
-        **{f.name: np.array([getattr(s, f.name) for s in solutions]) for f in fields(RSSolution)}
-    )
+    return RSSolution(**_solve(problems, branch, max_iterations))
 
 
-def _saddle_point(
-    problem: TeacherStudent, branch: str | None, max_iterations: int
-) -> SaddlePoint | None:
-    if problem.temperature == 0:
-        if branch == "cooled":
-            raise ValueError(
-                "branch = 'cooled' needs a temperature above 0: give a small one, or"
-                " branch = 'heated' for the solution at 0"
-            )
-        return ground_state(problem, max_iterations)
-    return (heated if branch == "heated" else cooled)(problem, max_iterations)
+def _solve(
+    problems: list[TeacherStudent], branch: str | None, max_iterations: int
+) -> dict[str, NDArray]:
+    """The fields of the solution, one entry a problem."""
+    if branch == "cooled" and any(each.temperature == 0 for each in problems):
+        raise ValueError(
+            "branch = 'cooled' needs a temperature above 0: give a small one, or"
+            " branch = 'heated' for the solution at 0"
+        )
+    branches = ["ground" if p.temperature == 0 else branch or "cooled" for p in problems]
+    figures = np.empty((len(problems), len(_FIGURES)))
+
+    def solve_ladder(members: list[int]) -> None:
+        ladder = [problems[k] for k in members]
+        figures[members] = _ladder_figures(ladder, branches[members[0]], max_iterations)
+
+    ladders = _ladders(problems, branches)
+    threads = min(config.NUMBA_NUM_THREADS, len(ladders))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(solve_ladder, ladders))
+    else:
+        for members in ladders:
+            solve_ladder(members)
+    columns = dict(zip(_FIGURES, figures.T, strict=True))
+    phase = np.where(columns["replicon"] >= 0, "stable", "unstable").astype("<U13")
+    phase[columns["susceptibility"] == np.inf] = "interpolating"
+    phase[np.isnan(columns["overlap"])] = "none"
+    return columns | {
+        "phase": phase,
+        "branch": np.array(branches),
+        "converged": columns["residual"] <= _TOLERANCE,
+        "iterations": columns["iterations"].astype(int),
+    }
 
 
-def _observables(problem: TeacherStudent, point: SaddlePoint | None) -> RSSolution:
-    if point is None:
-        figures = {f.name: np.nan for f in fields(RSSolution)}
-        return RSSolution(**figures | {"phase": "none", "converged": False, "iterations": 0})
-    alpha, rho, temperature = problem.alpha, problem.signal_variance, problem.temperature
-    interpolates = point.stiffness == 0
-    chi = np.inf if interpolates else point.slope / point.stiffness
-    damping = 0.0 if interpolates else point.stiffness / (point.stiffness + point.slope)
+def _ladders(problems: list[TeacherStudent], branches: list[str]) -> list[list[int]]:
+    """Indices of problems that share a path: they differ in temperature only, in path order.
+
+    Nothing is shared between widths or sample ratios: a root followed along those may lead to
+    another branch than cooling does.
+    """
+    ladders: dict[tuple, list[int]] = {}
+    for k, (p, branch) in enumerate(zip(problems, branches, strict=True)):
+        key = (p.codebook, p.alpha, p.noise_variance, p.ridge, p.signal_variance, branch)
+        ladders.setdefault(key, []).append(k)
+    for (*_, branch), members in ladders.items():
+        members.sort(key=lambda k: problems[k].temperature, reverse=branch == "cooled")
+    return list(ladders.values())
+
+
+def _ladder_figures(
+    ladder: list[TeacherStudent], branch: str, max_iterations: int
+) -> NDArray[np.float64]:
+    """One row of `_FIGURES` for each problem of a ladder."""
+    model = Model.of(ladder[0])
+    temperatures = np.array([p.temperature for p in ladder])
+    if branch == "ground":
+        return _ground_figures(model, temperatures, max_iterations)
+    if branch == "heated":
+        return _heated_figures(model, temperatures, max_iterations)
+    starts = np.maximum(temperatures, hot(model))
+    guesses = {start: _hot_guess(ladder[0], start) for start in set(starts.tolist())}
+    stiffness, noise = np.array([guesses[start] for start in starts.tolist()]).T.copy()
+    return _cooled_figures(model, temperatures, stiffness, noise, max_iterations)
+
+
+def _hot_guess(problem: TeacherStudent, temperature: float) -> tuple[float, float]:
+    """Ridge regression whose Gaussian prior has, at this temperature, the codebook's spread."""
+    prior = problem.ridge + temperature / np.square(problem.codebook.levels).mean()
+    ridge = ridge_solution(problem.alpha, problem.noise_variance, prior, problem.signal_variance)
+    slope = ridge.overlap / problem.signal_variance
+    noise = ridge.self_overlap / slope**2 - problem.signal_variance
+    return slope / ridge.susceptibility, max(noise, 0.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _ground_figures(model, temperatures, limit):
+    point = ground_state(model, limit)
+    return _rows(model, temperatures, [point for _ in temperatures])
+
+
+@numba.njit(cache=True, nogil=True)
+def _heated_figures(model, temperatures, limit):
+    return _rows(model, temperatures, heated(model, temperatures, limit))
+
+
+@numba.njit(cache=True, nogil=True)
+def _cooled_figures(model, temperatures, stiffness, noise, limit):
+    return _rows(model, temperatures, cooled(model, temperatures, stiffness, noise, limit))
+
+
+@numba.njit(cache=True, nogil=True)
+def _rows(model, temperatures, points):
+    rows = np.empty((len(points), 12))
+    for k in range(len(points)):
+        rows[k] = np.array(_observables(model, temperatures[k], points[k]))
+    return rows
+
+
+@numba.njit(cache=True, nogil=True)
+def _observables(model, temperature, point):
+    """`_FIGURES` at a saddle point."""
+    alpha, rho = model.alpha, model.signal_variance
+    chi, damping = np.inf, 0.0
+    if point.stiffness != 0:
+        chi = point.slope / point.stiffness
+        damping = point.stiffness / (point.stiffness + point.slope)
     overlap = rho * point.slope
     train_error = alpha * point.noise * damping**2 + temperature * (1 - damping)
-    entropy = float(point.entropy - alpha / 2 * (np.log1p(chi) - (1 - damping)))
-    energy = alpha / 2 * train_error + problem.ridge / 2 * point.second_moment
-    replicon = 1 - point.squared_slope / alpha
-    return RSSolution(
-        overlap=overlap,
-        replica_overlap=point.mean_square,
-        self_overlap=point.second_moment,
-        susceptibility=chi,
-        gen_error=rho - 2 * overlap + point.second_moment,
-        gen_error_mean=rho - 2 * overlap + point.mean_square,
-        train_error=train_error,
-        free_energy=energy - temperature * entropy if temperature > 0 else energy,
-        entropy=entropy,
-        replicon=replicon,
-        phase="interpolating" if interpolates else "stable" if replicon >= 0 else "unstable",
-        converged=point.converged,
-        iterations=point.iterations,
-        residual=point.residual,
+    entropy = point.entropy - alpha / 2 * (np.log1p(chi) - (1 - damping))
+    energy = alpha / 2 * train_error + model.ridge / 2 * point.second_moment
+    return (
+        overlap,
+        point.mean_square,
+        point.second_moment,
+        chi,
+        rho - 2 * overlap + point.second_moment,
+        rho - 2 * overlap + point.mean_square,
+        train_error,
+        energy - temperature * entropy if temperature > 0 else energy,
+        entropy,
+        1 - point.squared_slope / alpha,
+        point.residual,
+        float(point.iterations),
     )
 
 

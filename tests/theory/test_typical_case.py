@@ -15,7 +15,7 @@ from qgen_lab.theory import (
     ridge_solution,
     solve_rs,
 )
-from qgen_lab.theory.saddle_point import _Thermal
+from qgen_lab.theory.scalar_channel import thermal_averages
 
 REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())
 OBSERVABLES = [
@@ -162,17 +162,21 @@ def test_free_weights_at_high_temperature():
 
 def cooled_slowly(problem, steps=60):
     """Susceptibility reached by the damped map on a fine ladder of temperatures: a slow twin."""
-    thermal = _Thermal(problem, 10**9)
-    levels = problem.codebook.levels
-    point = thermal.point(problem.alpha, (levels**2).max() / problem.alpha)
+    alpha, rho, levels = problem.alpha, problem.signal_variance, problem.codebook.levels
+    stiffness, noise = alpha, (levels**2).max() / alpha
     hot = max(10 * (levels[-1] - levels[0]) ** 2, 2 * problem.temperature)
     for temperature in np.geomspace(hot, problem.temperature, steps):
         for _ in range(1000):
-            defect, _jacobian = thermal.defect(point, temperature)
-            point = point + 0.6 * defect * [-1, 1]
-            if np.abs(defect).max() < 1e-8:
+            here = thermal_averages(
+                problem.codebook, stiffness, rho + noise, problem.ridge, temperature
+            )
+            pull = np.log((stiffness + here.slope) / alpha)
+            after = problem.noise_variance + rho - 2 * rho * here.slope + here.mean_square
+            drift = np.log(after / alpha / noise)
+            stiffness, noise = stiffness * np.exp(-0.6 * pull), noise * np.exp(0.6 * drift)
+            if max(abs(pull), abs(drift)) < 1e-8:
                 break
-    return problem.alpha / thermal.unknowns(point)[0] - 1
+    return alpha / stiffness - 1
 
 
 @pytest.mark.parametrize(
