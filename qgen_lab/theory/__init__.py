@@ -8,6 +8,13 @@ from qgen_lab.theory.finite_size import (
     configuration,
     enumerate_states,
 )
+from qgen_lab.theory.message_passing import (
+    AMPSolution,
+    Trajectory,
+    amp,
+    amp_batch,
+    state_evolution,
+)
 from qgen_lab.theory.monte_carlo import (
     MonteCarloAverages,
     TemperedAverages,
@@ -26,6 +33,7 @@ from qgen_lab.theory.straight_through import (
 from qgen_lab.theory.typical_case import RSSolution, interpolation_threshold, solve_rs
 
 __all__ = [
+    "AMPSolution",
     "AverageWeights",
     "Configuration",
     "Descent",
@@ -38,6 +46,9 @@ __all__ = [
     "StraightThroughLimit",
     "TeacherStudent",
     "TemperedAverages",
+    "Trajectory",
+    "amp",
+    "amp_batch",
     "anneal",
     "average_weights",
     "configuration",
@@ -49,6 +60,7 @@ __all__ = [
     "ridge_solution",
     "sample",
     "solve_rs",
+    "state_evolution",
     "straight_through",
     "straight_through_descent",
 ]

@@ -242,6 +242,8 @@ def _checked_instance(instance: Instance) -> tuple[NDArray, NDArray, NDArray]:
 def _checked_problems(
     problems: Sequence[TeacherStudent], shape: tuple[int, int]
 ) -> list[TeacherStudent]:
+    if isinstance(problems, TeacherStudent):
+        raise TypeError("problems is one TeacherStudent: give a sequence of them, or call amp")
     problems = list(problems)
     if not problems:
         raise ValueError("problems is empty: give at least one TeacherStudent")
@@ -338,7 +340,8 @@ class _Sites:
         else:
             shrinkage = 1 + ridge / stiffness
             new, variance = codebook.quantize(field / field.dtype.type(shrinkage)), self.variance
-            mean_square = np.square(field, dtype=np.float64).mean()
+            # Labels of zero give fields of zero, and a slope that is infinite or nothing.
+            mean_square = max(np.square(field, dtype=np.float64).mean(), 1e-200)
             self.slope = ground_averages(codebook, shrinkage, mean_square)[0]
             self.replicon = -np.inf
         self.susceptibility = min(self.slope / stiffness, _HUGE)
