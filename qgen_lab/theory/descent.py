@@ -8,11 +8,13 @@ Latent weights `u` move along the gradient of the energy at the quantized weight
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from qgen_lab.codebooks import Codebook
 from qgen_lab.theory.problem import Instance, TeacherStudent, checked_number
 
 _ADAM_DECAY = (0.9, 0.999)  # of the running means of gradient and squared gradient
@@ -94,7 +96,7 @@ def straight_through_descent(
     problem : TeacherStudent
         Gives the codebook and the ridge, which acts on the quantized weights.
     rates : array_like, shape (steps,)
-        Learning rate of every step, positive; `qgen_lab.theory.schedules` has the usual ones.
+        Learning rate of every step, at least 0; `qgen_lab.theory.schedules` has the usual ones.
     latent_decay : float
         Weight decay on the latent weights, at least 0.
     batch_size : int, optional
@@ -142,43 +144,100 @@ def straight_through_descent(
     if optimizer != "adam" and not allow_unstable:
         _check_stability(instance, problem, rates.max(), decay, optimizer, momentum)
     steps, n = rates.size, X.shape[1]
-    latent = np.zeros(n) if start is None else np.array(start, dtype=np.float64)
-    if latent.ndim not in (1, 2) or latent.shape[-1] != n or not np.isfinite(latent).all():
+    start = np.zeros(n) if start is None else np.asarray(start, dtype=np.float64)
+    if start.ndim not in (1, 2) or start.shape[-1] != n or not np.isfinite(start).all():
         raise ValueError(
-            f"start has shape {latent.shape}: give finite numbers of shape ({n},) or (runs, {n})"
+            f"start has shape {start.shape}: give finite numbers of shape ({n},) or (runs, {n})"
         )
     average_from = steps // 2 if average_from is None else average_from
     if not 0 <= average_from <= steps:
         raise ValueError(f"average_from = {average_from!r}: give a number from 0 to {steps}")
     recorder = _Recorder(instance, problem, steps, record_at)
-    gradient = _gradient(X, y, batch_size, steps, latent.size // n, seed)
+    gradient = _gradient(X, y, batch_size, steps, start.size // n, seed)
 
-    codebook, ridge = problem.codebook, problem.ridge
-    lowest, highest = codebook.levels[[0, -1]]
-    weights = codebook.quantize(latent)
-    total = weights.copy() if average_from == 0 else np.zeros_like(latent)
-    last_change = np.zeros(latent.shape, np.int64)
-    recorder.visit(0, weights)
-    for step, rate in enumerate(rates, start=1):
-        push = gradient(weights)
-        if ridge > 0:
-            push = push + ridge * weights
-        if masked:
-            push = np.where((latent < lowest) | (latent > highest), 0.0, push)
-        if decay > 0:
-            push = push + decay * latent
-        latent -= rate * direction(push)
-        before, weights = weights, codebook.quantize(latent)
-        changed = weights != before
-        last_change[changed] = step
-        recorder.flips += np.count_nonzero(changed, axis=-1)
+    lowest, highest = problem.codebook.levels[[0, -1]]
+    state = _State(problem.codebook, np.atleast_2d(start))
+    total = np.zeros_like(state.weights)
+    for step in range(steps + 1):
         if step >= average_from:
-            total += weights
-        recorder.visit(step, weights)
+            total += state.weights
+        recorder.visit(step, state)
+        if step == steps:
+            break
+        push = gradient(state.weights)
+        if problem.ridge > 0:
+            push += problem.ridge * state.weights
+        if masked:
+            latent = state.latent()
+            push[(latent < lowest) | (latent > highest)] = 0.0
+        if decay > 0:
+            push += decay * state.latent()
+        state.move(rates[step], direction(push))
     average = total / (steps + 1 - average_from)
-    return Descent(
-        weights, latent, average, codebook.quantize(average), last_change, **recorder.columns()
-    )
+    arrays = {
+        "weights": state.weights,
+        "latent": state.latent(),
+        "average": average,
+        "rounded": problem.codebook.quantize(average),
+        "last_change": state.last_change,
+    }
+    if start.ndim == 1:
+        arrays = {name: array[0] for name, array in arrays.items()}
+    return Descent(**arrays, **recorder.columns(one_run=start.ndim == 1))
+
+
+class _State:
+    """Latent weights, each as a threshold plus an offset, and the quantized weights.
+
+    In a cooldown offsets fall with the rate, far below the rounding of the latent weight itself:
+    as plain numbers, latent weights would stop moving long before the rate is zero.
+    """
+
+    def __init__(self, codebook: Codebook, start: NDArray):
+        self.levels, self.thresholds = codebook.levels, codebook.thresholds
+        # Gap k lies between levels k and k + 1; the outer two go on for ever.
+        self.gap = np.searchsorted(codebook.levels[1:-1], start)
+        self.offset = start - codebook.thresholds[self.gap]
+        code = codebook.code(start)
+        tie = self.offset == 0
+        self.offset[tie] = np.where(code > self.gap, 1.0, -1.0)[tie] * np.finfo(np.float64).tiny
+        self.weights = codebook.levels[code]
+        self.last_change = np.zeros(start.shape, np.int64)
+        self.flips = np.zeros(len(start), np.int64)
+        self.step = 0
+
+    def latent(self) -> NDArray[np.float64]:
+        return self.thresholds[self.gap] + self.offset
+
+    def move(self, rate: float, direction: NDArray) -> None:
+        self.step += 1
+        _move(
+            rate, direction, self.levels, self.thresholds, self.step,
+            self.gap, self.offset, self.weights, self.last_change, self.flips,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True)
+def _move(
+    rate, direction, levels, thresholds, step, gap, offset, weights, last_change, flips
+):  # fmt: skip
+    """One step: new offsets and gaps, rounding, and who changed."""
+    last_gap = thresholds.size - 1
+    for run in range(offset.shape[0]):
+        for i in range(offset.shape[1]):
+            k, x = gap[run, i], offset[run, i] - rate * direction[run, i]
+            while k > 0 and x < levels[k] - thresholds[k]:
+                x += thresholds[k] - thresholds[k - 1]
+                k -= 1
+            while k < last_gap and x > levels[k + 1] - thresholds[k]:
+                x -= thresholds[k + 1] - thresholds[k]
+                k += 1
+            gap[run, i], offset[run, i] = k, x
+            weight = levels[k + 1] if x > 0 else levels[k]
+            if weight != weights[run, i]:
+                weights[run, i] = weight
+                last_change[run, i] = step
+                flips[run] += 1
 
 
 def largest_stable_rate(
@@ -226,9 +285,9 @@ def _checked_data(instance: Instance) -> tuple[NDArray, NDArray]:
 
 def _checked_rates(rates: ArrayLike) -> NDArray[np.float64]:
     rates = np.asarray(rates, dtype=np.float64)
-    if rates.ndim != 1 or rates.size == 0 or not (np.isfinite(rates) & (rates > 0)).all():
+    if rates.ndim != 1 or rates.size == 0 or not (np.isfinite(rates) & (rates >= 0)).all():
         raise ValueError(
-            f"rates has shape {rates.shape}: give a list of positive finite numbers, one a step"
+            f"rates has shape {rates.shape}: give a list of finite numbers >= 0, one a step"
         )
     return rates
 
@@ -313,26 +372,23 @@ class _Recorder:
             raise ValueError(f"record_at = {record_at!r}: give numbers of steps from 0 to {steps}")
         self.instance, self.ridge = instance, problem.ridge
         self.pending = set(self.at.tolist())
-        self.flips = 0  # quantized weights moved since the last record
-        self.last = 0
+        self.flips, self.last = 0, 0
         self.rows = []
 
-    def visit(self, step: int, weights: NDArray) -> None:
+    def visit(self, step: int, state: _State) -> None:
         if step not in self.pending:
             return
+        weights = state.weights
         n = weights.shape[-1]
         squared = np.square(weights @ self.instance.X.T - self.instance.y)
         energy = (squared.sum(axis=-1) + self.ridge * np.square(weights).sum(axis=-1)) / (2 * n)
-        flips = self.flips / n / (step - self.last) if step else np.full_like(energy, np.nan)
+        flips = (state.flips - self.flips) / n / (step - self.last) if step else energy * np.nan
         self.rows.append((self.instance.gen_error(weights), squared.mean(axis=-1), energy, flips))
-        self.flips, self.last = 0, step
+        self.flips, self.last = state.flips.copy(), step
 
-    def columns(self) -> dict[str, NDArray]:
-        gen_error, train_error, energy, flips = map(np.array, zip(*self.rows, strict=True))
-        return {
-            "step": self.at,
-            "gen_error": gen_error,
-            "train_error": train_error,
-            "energy": energy,
-            "flip_share": flips,
-        }
+    def columns(self, one_run: bool) -> dict[str, NDArray]:
+        names = ("gen_error", "train_error", "energy", "flip_share")
+        columns = np.moveaxis(np.array(self.rows), 1, 0)  # quantity, record, run
+        if one_run:
+            columns = columns[:, :, 0]
+        return {"step": self.at} | dict(zip(names, columns, strict=True))

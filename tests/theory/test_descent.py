@@ -185,6 +185,23 @@ def test_a_cooldown_settles_lower_than_a_constant_rate():
     assert np.median(cooled.last_change) < 400
 
 
+def test_rates_below_rounding_still_move_the_weights():
+    """A slow exponential changes nothing, however small the rate becomes."""
+    instance = sample(PROBLEM, 100, seed=5)
+    rates = 0.2 * 0.95 ** np.arange(2000)  # down to 1e-45
+    run = straight_through_descent(instance, PROBLEM, rates, record_at=[100, 1900, 2000])
+    early, _, late = run.flip_share
+    assert late > 0.5 * early
+
+
+def test_latent_weights_on_a_threshold_begin_on_the_level_of_even_index():
+    for bits in (1, 2, 3):
+        problem = TeacherStudent(uniform(bits, 1.0), 2.0)
+        instance = sample(problem, 20, seed=1)
+        run = straight_through_descent(instance, problem, [0.0])
+        assert (run.weights == problem.codebook.quantize(np.zeros(20))).all()
+
+
 def test_the_bound_of_the_rate_is_where_fine_levels_begin_to_oscillate():
     problem = TeacherStudent(uniform(12, 50.0), 2.0)
     instance = sample(problem, 40, seed=2)
@@ -216,9 +233,9 @@ def test_the_bound_is_two_over_the_largest_eigenvalue(n, alpha, ridge):
     ("arguments", "message"),
     [
         ({"rates": [1.0]}, r"rates reach 1: descent is linearly unstable from 0\.\d+ on; give"),
-        ({"rates": [0.1, -0.1]}, r"rates has shape \(2,\): give a list of positive finite"),
+        ({"rates": [0.1, -0.1]}, r"rates has shape \(2,\): give a list of finite"),
         ({"rates": []}, r"rates has shape \(0,\)"),
-        ({"rates": [np.nan]}, "positive finite numbers"),
+        ({"rates": [np.nan]}, "finite numbers >= 0, one a step"),
         ({"latent_decay": -1}, "latent_decay = -1: give a finite number >= 0"),
         ({"batch_size": 0}, "batch_size = 0: give a number from 1 to 30"),
         ({"batch_size": 31}, "batch_size = 31: give a number from 1 to 30"),
