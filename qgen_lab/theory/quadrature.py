@@ -62,7 +62,9 @@ def gaussian_rule(
     """
     upper = _REACH * deviation
     lower = 0.0 if even else -upper
-    seen = np.searchsorted(centres, lower)
+    seen = 0  # centres below have a twin above
+    while seen < centres.size and centres[seen] < lower:
+        seen += 1
     edges = graded_panels(lower, upper, _WIDEST * deviation, centres[seen:], sizes[seen:])
     nodes = np.empty((edges.size - 1, _NODES.size))
     weights = np.empty(nodes.shape)

@@ -9,7 +9,7 @@ All is compiled. `left` is an array of one number, the evaluations that may stil
 it comes to zero the iterations stop where they are, and the residual says so.
 """
 
-from math import exp, log, sqrt
+from math import exp, isfinite, log, sqrt
 from typing import NamedTuple
 
 import numba
@@ -29,7 +29,9 @@ class Model(NamedTuple):
     """A problem less its temperature, as the compiled code takes it."""
 
     levels: NDArray
-    even: bool
+    even: bool  # the levels are symmetric about zero
+    outermost: float  # largest magnitude of a level
+    innermost: NDArray  # a level of least magnitude, and its mirror image
     alpha: float
     noise_variance: float
     ridge: float
@@ -39,9 +41,12 @@ class Model(NamedTuple):
     def of(cls, problem: TeacherStudent) -> "Model":
         """The numbers of a problem."""
         levels = problem.codebook.levels.copy()
+        innermost = np.abs(levels).min()
         return cls(
             levels,
             is_even(levels),
+            np.abs(levels).max(),
+            np.array([-innermost, innermost]),
             problem.alpha,
             problem.noise_variance,
             problem.ridge,
@@ -50,7 +55,7 @@ class Model(NamedTuple):
 
 
 class SaddlePoint(NamedTuple):
-    """A solution; stiffness 0 stands for an infinite susceptibility, all NaN for none.
+    """A solution; stiffness 0 stands for an infinite susceptibility.
 
     `slope`, `mean_square`, `second_moment`, `squared_slope` and `entropy` are the averages of one
     weight there. `residual` is the largest relative change of `a` and `alpha v` in one more pass of
@@ -65,7 +70,10 @@ class SaddlePoint(NamedTuple):
     squared_slope: float
     entropy: float
     residual: float
-    iterations: int
+    iterations: float
+
+
+_FIELDS = len(SaddlePoint._fields)
 
 
 @_compiled
@@ -74,9 +82,9 @@ def _spend(left):
 
 
 @_compiled
-def _none():
-    nan = np.nan
-    return SaddlePoint(nan, nan, nan, nan, nan, nan, nan, nan, 0)
+def _write(row, point):
+    for k in range(len(point)):
+        row[k] = point[k]
 
 
 @_compiled
@@ -195,21 +203,16 @@ def _extra_shrinkage(model, noise, case, left):
 
 
 @_compiled
-def _innermost(model):
-    return np.abs(model.levels).min()
-
-
-@_compiled
 def _two_level_averages(model, ratio, noise):
-    level = _innermost(model)
+    symmetric = model.innermost[0] == -model.innermost[1]
     variance = model.signal_variance + noise
-    return channel_averages(np.array([-level, level]), True, ratio, variance, 0.0, 1.0)
+    return channel_averages(model.innermost, symmetric, ratio, variance, 0.0, 1.0)
 
 
 @_compiled
 def _stiffness_over_temperature(model, noise, left):
     alpha = model.alpha
-    lower = log(alpha / _innermost(model) ** 2) - 1e-9  # a weight's variance is at most level^2
+    lower = log(alpha / model.innermost[1] ** 2) - 1e-9  # a weight's variance is at most level^2
     if left[0] == 0:
         return exp(lower)
     _spend(left)
@@ -246,10 +249,10 @@ def _noise_range(model, case):
     alpha, rho = model.alpha, model.signal_variance
     least = model.noise_variance / alpha
     if case == _INNERMOST:
-        most = (2 * _innermost(model) / alpha) ** 2 / (2 * np.pi) - rho
+        most = (2 * model.innermost[1] / alpha) ** 2 / (2 * np.pi) - rho
         upper = log(most) - 1e-6
     else:
-        most = (sqrt(rho) + np.abs(model.levels).max()) ** 2 + model.noise_variance
+        most = (sqrt(rho) + model.outermost) ** 2 + model.noise_variance
         upper = log(2 * most / alpha)
         if model.ridge > 0 or case == _VANISHING_RIDGE:
             # A threshold at zero keeps a slope that no shrinkage takes away.
@@ -293,21 +296,20 @@ def ground_state(model, limit):
     one norm (they lie on the two innermost levels), their uniform average.
     """
     left = np.array([limit])
-    log_noise, found = _largest_noise(model, _FINITE, left)
-    if found:
-        point = _ground_point(model, log_noise, _FINITE, limit - left[0])
-        if point.slope < model.alpha or model.ridge > 0 or left[0] == 0:
-            return point
-        log_noise, found = _largest_noise(model, _VANISHING_RIDGE, left)
-        if found:
-            return _ground_point(model, log_noise, _VANISHING_RIDGE, limit - left[0])
-    log_noise, _ = _largest_noise(model, _INNERMOST, left)
-    return _innermost_point(model, log_noise, limit - left[0])
+    for case in range(3):
+        log_noise, found = _largest_noise(model, case, left)
+        point = _ground_point(model, log_noise, case, limit - left[0])
+        interpolates = case == _FINITE and model.ridge == 0 and point.slope >= model.alpha
+        if left[0] == 0 or (found and not interpolates):
+            break
+    return point
 
 
 @_compiled
 def _ground_point(model, log_noise, case, iterations):
     noise = exp(log_noise)
+    if case == _INNERMOST:
+        return _innermost_point(model, noise, iterations)
     extra = _extra_shrinkage(model, noise, case, np.array([1000]))
     slope, mean_square = staircase_averages(model.levels, 1 + extra, model.signal_variance + noise)
     if model.ridge > 0:
@@ -316,13 +318,12 @@ def _ground_point(model, log_noise, case, iterations):
         stiffness = 0.0 if case == _VANISHING_RIDGE else max(model.alpha - slope, 0.0)
     residual = _residual(model, stiffness, noise, slope, mean_square)
     return SaddlePoint(
-        stiffness, noise, slope, mean_square, mean_square, np.inf, 0.0, residual, iterations
+        stiffness, noise, slope, mean_square, mean_square, np.inf, 0.0, residual, float(iterations)
     )
 
 
 @_compiled
-def _innermost_point(model, log_noise, iterations):
-    noise = exp(log_noise)
+def _innermost_point(model, noise, iterations):
     ratio = _stiffness_over_temperature(model, noise, np.array([1000]))
     here = _two_level_averages(model, ratio, noise)
     return SaddlePoint(
@@ -330,11 +331,11 @@ def _innermost_point(model, log_noise, iterations):
         noise,
         here.slope,
         here.mean_square,
-        _innermost(model) ** 2,
+        model.innermost[1] ** 2,
         here.squared_slope,
         here.entropy,
         _residual(model, 0.0, noise, here.slope, here.mean_square),
-        iterations,
+        float(iterations),
     )
 
 
@@ -412,7 +413,7 @@ def newton(model, guess, temperature, left):
             break
         d = defect(model, point, temperature, left)
         determinant = d.pull_by_x * d.drift_by_y - d.pull_by_y * d.drift_by_x
-        if determinant == 0 or not np.isfinite(determinant):
+        if determinant == 0 or not isfinite(determinant):
             break
         point = Point(
             point.x - (d.drift_by_y * d.pull - d.pull_by_y * d.drift) / determinant,
@@ -465,11 +466,11 @@ class Track(NamedTuple):
 
 
 @_compiled
-def _stepped(model, track, there, jump, left):
+def _stepped(model, track, there, left):
     """The track after a try to carry its root to the temperature `there`.
 
-    If that fails the next try is half as far; where the root ends, it goes where the map goes if
-    `jump`, and dies if not.
+    If that fails the next try is half as far. Where the root ends, cooling goes on to where the
+    map goes, and heating is over.
     """
     point, distance = track.point, there - track.temperature
     guess = Point(point.x + track.velocity.x * distance, point.y + track.velocity.y * distance)
@@ -477,7 +478,7 @@ def _stepped(model, track, there, jump, left):
     if not success:
         if abs(distance) > _FINEST or left[0] == 0:
             return Track(point, track.velocity, track.temperature, distance / 2, True)
-        if not jump:
+        if distance > 0:
             return Track(point, track.velocity, track.temperature, track.step, False)
         found = flow(model, point, exp(there), left)
     error = _distance(found, guess)
@@ -491,20 +492,20 @@ def _stepped(model, track, there, jump, left):
 
 
 @_compiled
-def _approached(model, track, end, jump, left):
+def _approached(model, track, end, left):
     """The track once `end` is within its next step: a path that does not depend on `end`."""
     while track.alive and left[0] > 0 and abs(end - track.temperature) > abs(track.step):
-        track = _stepped(model, track, track.temperature + track.step, jump, left)
+        track = _stepped(model, track, track.temperature + track.step, left)
     return track
 
 
 @_compiled
-def _arrived(model, track, end, jump, left):
+def _arrived(model, track, end, left):
     """The track at `end`."""
     while track.alive and left[0] > 0 and track.temperature != end:
         within = abs(end - track.temperature) <= abs(track.step)
         there = end if within else track.temperature + track.step
-        track = _stepped(model, track, there, jump, left)
+        track = _stepped(model, track, there, left)
     return track
 
 
@@ -521,75 +522,65 @@ def _thermal_point(model, point, temperature, iterations):
         here.squared_slope,
         here.entropy,
         _residual(model, stiffness, noise, here.slope, here.mean_square),
-        iterations,
+        float(iterations),
     )
 
 
 @_compiled
-def hot(model):
-    """A temperature so high that the weights do not feel that the levels are discrete."""
-    spacing = model.levels[1:] - model.levels[:-1]
-    return 4 * model.alpha * spacing.max() ** 2
-
-
-@_compiled
-def cooled(model, temperatures, stiffness, noise, limit):
+def cooled(model, temperatures, hot, stiffness, noise, limit):
     """Saddle points reached by cooling slowly from a high temperature, where there is only one.
 
     `temperatures` descends. All that are below `hot` share one path, and each leaves it for its
     own last step: so none of them depends on the others. `stiffness` and `noise` are guesses at
     `max(temperature, hot)`.
     """
-    results = []
-    start = hot(model)
+    rows = np.empty((temperatures.size, _FIELDS))
     shared = np.array([limit])
-    track = Track(Point(0.0, 0.0), Point(0.0, 0.0), log(start), -log(4.0), False)
+    track = Track(Point(0.0, 0.0), Point(0.0, 0.0), log(hot), -log(4.0), False)
     for k in range(temperatures.size):
-        temperature = temperatures[k]
-        guess = _point(model, stiffness[k], noise[k])
-        if temperature >= start:
-            left = np.array([limit])
-            point = flow(model, guess, temperature, left)
-        else:
+        left, start = np.array([limit]), max(temperatures[k], hot)
+        point = _point(model, stiffness[k], noise[k])
+        if temperatures[k] >= hot or not track.alive:
+            point = flow(model, point, start, left)
+        if temperatures[k] < hot:
             if not track.alive:
-                point = flow(model, guess, start, shared)
                 track = Track(point, track.velocity, track.temperature, track.step, True)
-            track = _approached(model, track, log(temperature), True, shared)
+                shared = left
+            end = log(temperatures[k])
+            track = _approached(model, track, end, shared)
             left = shared.copy()
-            point = _arrived(model, track, log(temperature), True, left).point
-        results.append(_thermal_point(model, point, temperature, limit - left[0]))
-    return results
+            point = _arrived(model, track, end, left).point
+        _write(rows[k], _thermal_point(model, point, temperatures[k], limit - left[0]))
+    return rows
 
 
 @_compiled
-def heated(model, temperatures, limit):
+def heated(model, temperatures, cold, limit):
     """Saddle points reached by heating that of temperature zero; `temperatures` ascends.
 
-    None where that has an infinite susceptibility, or where its root ends before the temperature.
-    Paths are shared as in `cooled`.
+    NaN where that has an infinite susceptibility, or where its root ends before the temperature.
+    Paths are shared as in `cooled`; they start at `cold` times the stiffness.
     """
+    rows = np.full((temperatures.size, _FIELDS), np.nan)
+    rows[:, -1] = 0.0
     ground = ground_state(model, limit)
     if ground.stiffness == 0 or not ground.residual < 1e-9:
-        return [_none() for _ in temperatures]
-    spacing = model.levels[1:] - model.levels[:-1]
-    # So cold that each threshold is much sharper than the levels are apart.
-    start = 1e-3 * ground.stiffness * spacing.min() ** 2
+        return rows
+    start = cold * ground.stiffness
     guess = _point(model, ground.stiffness, ground.noise)
-    results = []
     shared = np.array([limit])
     point, alive = newton(model, guess, start, shared)
     track = Track(point, Point(0.0, 0.0), log(start), log(4.0), alive)
-    for temperature in temperatures:
-        left = shared.copy()
-        if temperature <= start:
-            left[0] = limit
-            point, alive = newton(model, guess, temperature, left)
+    for k in range(temperatures.size):
+        left = np.array([limit])
+        if temperatures[k] <= start:
+            point, alive = newton(model, guess, temperatures[k], left)
         else:
-            track = _approached(model, track, log(temperature), False, shared)
-            left = shared.copy()
-            arrived = _arrived(model, track, log(temperature), False, left)
-            point, alive = arrived.point, arrived.alive and arrived.temperature == log(temperature)
-        results.append(
-            _thermal_point(model, point, temperature, limit - left[0]) if alive else _none()
-        )
-    return results
+            end = log(temperatures[k])
+            track = _approached(model, track, end, shared)
+            left[0] = shared[0]
+            arrived = _arrived(model, track, end, left)
+            point, alive = arrived.point, arrived.alive and arrived.temperature == end
+        if alive:
+            _write(rows[k], _thermal_point(model, point, temperatures[k], limit - left[0]))
+    return rows

@@ -117,17 +117,24 @@ def _transitions(levels, stiffness, ridge, temperature):
     ends, the law changes over the posterior width.
     """
     curvature = stiffness + ridge
-    spacing = levels[1:] - levels[:-1]
-    centres = (levels[1:] / 2 + levels[:-1] / 2) * (curvature / stiffness)
     posterior_width = sqrt(temperature * curvature) / stiffness
-    sizes = np.empty(spacing.size)
-    for k in range(spacing.size):
-        sizes[k] = 3 * temperature / (stiffness * spacing[k])
-        before, after = max(k - 1, 0), min(k + 1, spacing.size - 1)
-        unevenness = max(abs(spacing[before] - spacing[k]), abs(spacing[after] - spacing[k]))
-        if before == k or after == k or unevenness > 1e-9 * spacing[k]:
+    centres, sizes = np.empty(levels.size - 1), np.empty(levels.size - 1)
+    for k in range(centres.size):
+        below, above = levels[k], levels[k + 1]
+        centres[k] = (below / 2 + above / 2) * (curvature / stiffness)
+        sizes[k] = 3 * temperature / (stiffness * (above - below))
+        inside = 0 < k < centres.size - 1
+        if not (inside and _is_even_row(levels[k - 1 : k + 3])):
             sizes[k] = min(sizes[k], 3 * posterior_width)
     return centres, sizes
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_even_row(row):
+    """Whether four levels are equally far apart."""
+    spacing = row[2] - row[1]
+    unevenness = max(abs(row[1] - row[0] - spacing), abs(row[3] - row[2] - spacing))
+    return unevenness < 1e-9 * spacing
 
 
 @numba.njit(cache=True, nogil=True)

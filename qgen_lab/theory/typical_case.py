@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
-import numba
 import numpy as np
 import pandas as pd
 from numba import config
@@ -19,14 +18,10 @@ from scipy.optimize import brentq
 from qgen_lab.codebooks import Codebook
 from qgen_lab.theory.problem import TeacherStudent
 from qgen_lab.theory.ridge import ridge_solution
-from qgen_lab.theory.saddle_point import Model, cooled, ground_state, heated, hot
+from qgen_lab.theory.saddle_point import Model, SaddlePoint, cooled, ground_state, heated
 from qgen_lab.theory.scalar_channel import ground_averages
 
 _TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
-_FIGURES = (
-    "overlap", "replica_overlap", "self_overlap", "susceptibility", "gen_error", "gen_error_mean",
-    "train_error", "free_energy", "entropy", "replicon", "residual", "iterations",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,11 +156,11 @@ def _solve(
             " branch = 'heated' for the solution at 0"
         )
     branches = ["ground" if p.temperature == 0 else branch or "cooled" for p in problems]
-    figures = np.empty((len(problems), len(_FIGURES)))
+    points = np.empty((len(problems), len(SaddlePoint._fields)))
 
     def solve_ladder(members: list[int]) -> None:
         ladder = [problems[k] for k in members]
-        figures[members] = _ladder_figures(ladder, branches[members[0]], max_iterations)
+        points[members] = _saddle_points(ladder, branches[members[0]], max_iterations)
 
     ladders = _ladders(problems, branches)
     threads = min(config.NUMBA_NUM_THREADS, len(ladders))
@@ -175,16 +170,7 @@ def _solve(
     else:
         for members in ladders:
             solve_ladder(members)
-    columns = dict(zip(_FIGURES, figures.T, strict=True))
-    phase = np.where(columns["replicon"] >= 0, "stable", "unstable").astype("<U13")
-    phase[columns["susceptibility"] == np.inf] = "interpolating"
-    phase[np.isnan(columns["overlap"])] = "none"
-    return columns | {
-        "phase": phase,
-        "branch": np.array(branches),
-        "converged": columns["residual"] <= _TOLERANCE,
-        "iterations": columns["iterations"].astype(int),
-    }
+    return _observables(problems, SaddlePoint(*points.T)) | {"branch": np.array(branches)}
 
 
 def _ladders(problems: list[TeacherStudent], branches: list[str]) -> list[list[int]]:
@@ -202,20 +188,23 @@ def _ladders(problems: list[TeacherStudent], branches: list[str]) -> list[list[i
     return list(ladders.values())
 
 
-def _ladder_figures(
+def _saddle_points(
     ladder: list[TeacherStudent], branch: str, max_iterations: int
 ) -> NDArray[np.float64]:
-    """One row of `_FIGURES` for each problem of a ladder."""
-    model = Model.of(ladder[0])
-    temperatures = np.array([p.temperature for p in ladder])
+    """One row a problem, one column a field of `SaddlePoint`."""
+    problem, model = ladder[0], Model.of(ladder[0])
     if branch == "ground":
-        return _ground_figures(model, temperatures, max_iterations)
+        return np.array([ground_state(model, max_iterations)])
+    temperatures = np.array([p.temperature for p in ladder])
+    spacing = problem.codebook.spacing
     if branch == "heated":
-        return _heated_figures(model, temperatures, max_iterations)
-    starts = np.maximum(temperatures, hot(model))
-    guesses = {start: _hot_guess(ladder[0], start) for start in set(starts.tolist())}
-    stiffness, noise = np.array([guesses[start] for start in starts.tolist()]).T.copy()
-    return _cooled_figures(model, temperatures, stiffness, noise, max_iterations)
+        # So cold that each threshold is much sharper than the levels are apart.
+        return heated(model, temperatures, 1e-3 * spacing.min() ** 2, max_iterations)
+    # So hot that the weights do not feel that the levels are discrete.
+    hot = 4 * problem.alpha * spacing.max() ** 2
+    guesses = {t: _hot_guess(problem, t) for t in {max(t, hot) for t in temperatures.tolist()}}
+    stiffness, noise = np.array([guesses[max(t, hot)] for t in temperatures.tolist()]).T.copy()
+    return cooled(model, temperatures, hot, stiffness, noise, max_iterations)
 
 
 def _hot_guess(problem: TeacherStudent, temperature: float) -> tuple[float, float]:
@@ -227,56 +216,39 @@ def _hot_guess(problem: TeacherStudent, temperature: float) -> tuple[float, floa
     return slope / ridge.susceptibility, max(noise, 0.0)
 
 
-@numba.njit(cache=True, nogil=True)
-def _ground_figures(model, temperatures, limit):
-    point = ground_state(model, limit)
-    return _rows(model, temperatures, [point for _ in temperatures])
-
-
-@numba.njit(cache=True, nogil=True)
-def _heated_figures(model, temperatures, limit):
-    return _rows(model, temperatures, heated(model, temperatures, limit))
-
-
-@numba.njit(cache=True, nogil=True)
-def _cooled_figures(model, temperatures, stiffness, noise, limit):
-    return _rows(model, temperatures, cooled(model, temperatures, stiffness, noise, limit))
-
-
-@numba.njit(cache=True, nogil=True)
-def _rows(model, temperatures, points):
-    rows = np.empty((len(points), 12))
-    for k in range(len(points)):
-        rows[k] = np.array(_observables(model, temperatures[k], points[k]))
-    return rows
-
-
-@numba.njit(cache=True, nogil=True)
-def _observables(model, temperature, point):
-    """`_FIGURES` at a saddle point."""
-    alpha, rho = model.alpha, model.signal_variance
-    chi, damping = np.inf, 0.0
-    if point.stiffness != 0:
+def _observables(problems: list[TeacherStudent], point: SaddlePoint) -> dict[str, NDArray]:
+    alpha, rho, ridge, temperature = (
+        np.array([getattr(p, name) for p in problems])
+        for name in ("alpha", "signal_variance", "ridge", "temperature")
+    )
+    with np.errstate(divide="ignore"):  # where the stiffness is zero
         chi = point.slope / point.stiffness
-        damping = point.stiffness / (point.stiffness + point.slope)
+        damping = point.stiffness / (point.stiffness + point.slope)  # 1 / (1 + chi)
+        entropy = point.entropy + alpha / 2 * (np.log(damping) + 1 - damping)
     overlap = rho * point.slope
     train_error = alpha * point.noise * damping**2 + temperature * (1 - damping)
-    entropy = point.entropy - alpha / 2 * (np.log1p(chi) - (1 - damping))
-    energy = alpha / 2 * train_error + model.ridge / 2 * point.second_moment
-    return (
-        overlap,
-        point.mean_square,
-        point.second_moment,
-        chi,
-        rho - 2 * overlap + point.second_moment,
-        rho - 2 * overlap + point.mean_square,
-        train_error,
-        energy - temperature * entropy if temperature > 0 else energy,
-        entropy,
-        1 - point.squared_slope / alpha,
-        point.residual,
-        float(point.iterations),
-    )
+    energy = alpha / 2 * train_error + ridge / 2 * point.second_moment
+    heat = temperature * np.where(temperature > 0, entropy, 0.0)  # the entropy may be infinite
+    replicon = 1 - point.squared_slope / alpha
+    phase = np.where(replicon >= 0, "stable", "unstable").astype("<U13")
+    phase[point.stiffness == 0] = "interpolating"
+    phase[np.isnan(point.stiffness)] = "none"
+    return {
+        "overlap": overlap,
+        "replica_overlap": point.mean_square,
+        "self_overlap": point.second_moment,
+        "susceptibility": chi,
+        "gen_error": rho - 2 * overlap + point.second_moment,
+        "gen_error_mean": rho - 2 * overlap + point.mean_square,
+        "train_error": train_error,
+        "free_energy": energy - heat,
+        "entropy": entropy,
+        "replicon": replicon,
+        "phase": phase,
+        "converged": point.residual <= _TOLERANCE,
+        "iterations": point.iterations.astype(int),
+        "residual": point.residual,
+    }
 
 
 def interpolation_threshold(
