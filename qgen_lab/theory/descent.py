@@ -295,7 +295,7 @@ def _checked_rates(rates: ArrayLike) -> NDArray[np.float64]:
 def _gradient(
     X: NDArray, y: NDArray, batch_size: int | None, steps: int, runs: int, seed
 ) -> Callable[[NDArray], NDArray]:
-    """The error's gradient `X' (X w - y)` as a function of w (..., N)."""
+    """The error's gradient `X' (X w - y)` as a function of w, shape (runs, N)."""
     samples, n = X.shape
     if batch_size is not None and not 1 <= batch_size <= samples:
         raise ValueError(f"batch_size = {batch_size!r}: give a number from 1 to {samples}")
@@ -312,6 +312,8 @@ def _gradient(
     if steps * runs * (2 * samples - n) > samples * n:
         gram, target = X.T @ X, X.T @ y
         return lambda w: w @ gram - target
+    if runs == 1:  # two products with a vector, which a matrix of one row is slower at
+        return lambda w: ((X @ w[0] - y) @ X)[None]
     return lambda w: (w @ X.T - y) @ X
 
 
