@@ -22,8 +22,16 @@ from qgen_lab.theory.monte_carlo import (
     heat_bath,
     parallel_tempering,
 )
+from qgen_lab.theory.phase_diagram import Boundary, PhaseDiagram, phase_diagram
 from qgen_lab.theory.problem import Instance, TeacherStudent, sample
 from qgen_lab.theory.ridge import RidgeSolution, ridge_solution
+from qgen_lab.theory.stability import (
+    at_temperature,
+    replicon,
+    small_temperature_law,
+    stationary_motion,
+    zero_entropy_temperature,
+)
 from qgen_lab.theory.straight_through import (
     AverageWeights,
     StraightThroughLimit,
@@ -35,12 +43,14 @@ from qgen_lab.theory.typical_case import RSSolution, interpolation_threshold, so
 __all__ = [
     "AMPSolution",
     "AverageWeights",
+    "Boundary",
     "Configuration",
     "Descent",
     "Enumeration",
     "GibbsAverages",
     "Instance",
     "MonteCarloAverages",
+    "PhaseDiagram",
     "RSSolution",
     "RidgeSolution",
     "StraightThroughLimit",
@@ -50,6 +60,7 @@ __all__ = [
     "amp",
     "amp_batch",
     "anneal",
+    "at_temperature",
     "average_weights",
     "configuration",
     "enumerate_states",
@@ -57,10 +68,15 @@ __all__ = [
     "interpolation_threshold",
     "largest_stable_rate",
     "parallel_tempering",
+    "phase_diagram",
+    "replicon",
     "ridge_solution",
     "sample",
+    "small_temperature_law",
     "solve_rs",
     "state_evolution",
+    "stationary_motion",
     "straight_through",
     "straight_through_descent",
+    "zero_entropy_temperature",
 ]

@@ -87,7 +87,8 @@ class PhaseDiagram:
 
     def problem(self, first: float, second: float) -> TeacherStudent:
         """The problem at a value of each of the two parameters, on the grid or between."""
-        return _problem(**self.fixed, **dict(zip(self.axes, (first, second), strict=True)))
+        swept = dict(zip(self.axes, (float(first), float(second)), strict=True))
+        return _problem(**self.fixed, **swept)
 
     def boundary(self, criterion: str = "replicon") -> Boundary:
         """The lines on which the replicon or the entropy changes sign.
