@@ -1,6 +1,12 @@
 """Typical-case theory of quantized linear models: replica equations and what they predict."""
 
 from qgen_lab.theory.descent import Descent, largest_stable_rate, straight_through_descent
+from qgen_lab.theory.extrapolation import (
+    Extrapolation,
+    centred_moments,
+    controlled_mean,
+    extrapolate,
+)
 from qgen_lab.theory.finite_size import (
     Configuration,
     Enumeration,
@@ -14,6 +20,7 @@ from qgen_lab.theory.message_passing import (
     amp,
     amp_batch,
     state_evolution,
+    stationary_motion,
 )
 from qgen_lab.theory.monte_carlo import (
     MonteCarloAverages,
@@ -21,6 +28,12 @@ from qgen_lab.theory.monte_carlo import (
     anneal,
     heat_bath,
     parallel_tempering,
+)
+from qgen_lab.theory.optimal_width import (
+    OptimalWidth,
+    WidthRecommendation,
+    optimal_width,
+    recommend_width,
 )
 from qgen_lab.theory.phase_diagram import Boundary, PhaseDiagram, phase_diagram
 from qgen_lab.theory.problem import Instance, TeacherStudent, sample
@@ -47,9 +60,11 @@ __all__ = [
     "Configuration",
     "Descent",
     "Enumeration",
+    "Extrapolation",
     "GibbsAverages",
     "Instance",
     "MonteCarloAverages",
+    "OptimalWidth",
     "PhaseDiagram",
     "RSSolution",
     "RidgeSolution",
@@ -57,24 +72,31 @@ __all__ = [
     "TeacherStudent",
     "TemperedAverages",
     "Trajectory",
+    "WidthRecommendation",
     "amp",
     "amp_batch",
     "anneal",
     "at_temperature",
     "average_weights",
+    "centred_moments",
     "configuration",
+    "controlled_mean",
     "enumerate_states",
+    "extrapolate",
     "heat_bath",
     "interpolation_threshold",
     "largest_stable_rate",
+    "optimal_width",
     "parallel_tempering",
     "phase_diagram",
+    "recommend_width",
     "replicon",
     "ridge_solution",
     "sample",
     "small_temperature_law",
     "solve_rs",
     "state_evolution",
+    "stationary_motion",
     "stationary_motion",
     "straight_through",
     "straight_through_descent",

@@ -31,7 +31,8 @@ class GibbsAverages:
     overlap, replica_overlap, self_overlap : float or ndarray
         `w0 . <w> / n`, `|<w>|^2 / n` and `<|w|^2> / n`.
     gen_error, gen_error_mean : float or ndarray
-        `<|w - w0|^2> / n` and `|<w> - w0|^2 / n`; label noise is not included.
+        `<|w - w0|^2> / n` and `|<w> - w0|^2 / n`: the generalization error of a weight vector drawn
+        from the measure and of its mean, without label noise, where inputs are not correlated.
     train_error : float or ndarray
         `<|y - X w|^2>` per sample.
     """
@@ -63,6 +64,8 @@ class GibbsAverages:
 @dataclass(frozen=True)
 class Configuration:
     """One weight vector of an instance; the figures as in `GibbsAverages`.
+
+    Here `gen_error` holds for correlated inputs too.
 
     Attributes
     ----------
@@ -207,7 +210,7 @@ def configuration(instance: Instance, problem: TeacherStudent, weights: ArrayLik
         energy=float((squares + problem.ridge * weights @ weights) / 2 / weights.size),
         overlap=float(np.mean(instance.teacher * weights)),
         self_overlap=float(np.mean(weights**2)),
-        gen_error=float(np.mean((weights - instance.teacher) ** 2)),
+        gen_error=float(instance.gen_error(weights)),
         train_error=float(squares / instance.y.size),
     )
 
