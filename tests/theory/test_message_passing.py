@@ -11,7 +11,13 @@ from scipy.stats import t as student_t
 
 from qgen_lab.codebooks import Codebook, families, uniform
 from qgen_lab.theory import Instance, TeacherStudent, sample, solve_rs
-from qgen_lab.theory.message_passing import amp, amp_batch, posterior, state_evolution
+from qgen_lab.theory.message_passing import (
+    amp,
+    amp_batch,
+    posterior,
+    state_evolution,
+    stationary_motion,
+)
 
 JIT = not numba.config.DISABLE_JIT
 UNEVEN = Codebook([-1.3, -0.4, -0.35, 0.9, 2.5])
@@ -207,6 +213,47 @@ def test_two_starts_settle_at_one_point():
     assert other.converged
     np.testing.assert_allclose(run.mean, other.mean, atol=1e-7)
     assert other.trajectory.replica_overlap[0] == pytest.approx(start @ start / 200)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        TeacherStudent(uniform(1, 1.0), 1.5),
+        TeacherStudent(UNEVEN, 1.5, ridge=0.3),
+        TeacherStudent(uniform(1, 1.0), 1.5, temperature=0.2),
+        replace(WARM, temperature=0.03),
+        TeacherStudent(UNEVEN, 1.5, temperature=0.01),
+    ],
+)
+def test_the_motion_reproduces_itself_among_random_pairs_of_fields(problem):
+    solution, motion = solve_rs(problem), stationary_motion(problem)
+    assert motion > 0.01
+    n = 100_000 if JIT else 3000
+    noise = problem.noise_variance + solution.gen_error_mean
+    private = motion / (2 * problem.alpha)
+    rng = np.random.default_rng(0)
+    common = rng.normal(0, np.sqrt(1 + noise / problem.alpha - private), n)
+    stiffness = problem.alpha / (1 + solution.susceptibility)
+    means = []
+    for fields in common + rng.normal(0, np.sqrt(private), (2, n)):
+        levels, T, ridge = problem.codebook.levels, problem.temperature, problem.ridge
+        energy = stiffness * (levels - fields[:, None]) ** 2 / 2 + ridge * levels**2 / 2
+        energy -= energy.min(axis=1, keepdims=True)
+        weight = np.exp(-energy / T) if T > 0 else energy == 0
+        means.append(weight @ levels / weight.sum(axis=1))
+    squares = np.square(means[0] - means[1])
+    # Five such tests; one in a thousand times one of them is beyond the bound.
+    assert abs(squares.mean() - motion) < 3.72 * squares.std() / np.sqrt(n)
+
+
+def test_nothing_moves_where_replica_symmetry_is_stable():
+    assert solve_rs(WARM).replicon > 0
+    assert stationary_motion(WARM) == 0
+
+
+def test_motion_of_interpolating_weights_is_refused():
+    with pytest.raises(ValueError, match="susceptibility = inf"):
+        stationary_motion(TeacherStudent(uniform(1, 1.0), 0.2))
 
 
 # --- precision, batches, memory -----------------------------------------------------------------
