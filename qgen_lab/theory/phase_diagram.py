@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import contourpy
 import numpy as np
@@ -218,10 +219,9 @@ def phase_diagram(
         raise ValueError(f"{', '.join(axes) or 'none'} given as arrays: give exactly two arrays")
     fixed = {name: value for name, value in given.items() if name not in axes}
     fixed |= {"signal_variance": signal_variance, "codebook": lru_cache(maxsize=4096)(codebook)}
-    first, second = axes.values()
-    diagram = PhaseDiagram(axes, fixed, None)
-    solution = solve_rs([diagram.problem(x, y) for x in first for y in second])
-    return PhaseDiagram(axes, fixed, solution)
+    grid = product(*(values.tolist() for values in axes.values()))
+    problems = [_problem(**fixed, **dict(zip(axes, at, strict=True))) for at in grid]
+    return PhaseDiagram(axes, fixed, solve_rs(problems))
 
 
 def _axis(name: str, values: ArrayLike) -> NDArray:

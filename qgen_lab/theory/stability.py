@@ -90,14 +90,14 @@ def zero_entropy_temperature(problem: Problems) -> float | NDArray[np.float64]:
 def _highest_zero(problem: Problems, criterion: str) -> float | NDArray[np.float64]:
     problems = as_list(problem)
 
-    def solve(temperatures: NDArray, index: NDArray) -> RSSolution:
-        pairs = zip(temperatures, index, strict=True)
-        return solve_all([replace(problems[i], temperature=float(T)) for T, i in pairs])
+    def at(temperatures: NDArray, index: NDArray) -> list[TeacherStudent]:
+        pairs = zip(temperatures.tolist(), index, strict=True)
+        return [replace(problems[i], temperature=T) for T, i in pairs]
 
     def field(temperatures: NDArray, index: NDArray) -> NDArray:
-        return getattr(solve(temperatures, index), criterion)
+        return getattr(solve_all(at(temperatures, index)), criterion)
 
-    ladder, values = _descend(problems, solve, criterion)
+    ladder, values = _descend(problems, at, criterion)
     low, high = _brackets(ladder, values, field)
     result = np.full(len(problems), np.nan)
     found = np.flatnonzero(np.isfinite(low))
@@ -106,17 +106,18 @@ def _highest_zero(problem: Problems, criterion: str) -> float | NDArray[np.float
 
 
 def _descend(
-    problems: list[TeacherStudent], solve: Callable[..., RSSolution], criterion: str
+    problems: list[TeacherStudent], at: Callable[..., list[TeacherStudent]], criterion: str
 ) -> tuple[NDArray, NDArray]:
-    """Temperatures, falling, and the field there, until it turns negative; NaN from there on."""
+    """Temperatures, falling, and the field there, until it turns negative."""
     first = np.array([_hot(problem) for problem in problems])
     ladder, values = np.empty((len(problems), 0)), np.empty((len(problems), 0))
     pending = np.arange(len(problems))
     for factors in _LADDER.reshape(-1, _BLOCK):
         rungs = first[:, None] * factors
         block = np.full(rungs.shape, np.nan)
-        solution = solve(rungs[pending].ravel(), np.repeat(pending, _BLOCK))
-        block[pending] = getattr(solution, criterion).reshape(-1, _BLOCK)
+        solution = solve_rs(at(rungs[pending].ravel(), np.repeat(pending, _BLOCK)))
+        figures = np.where(solution.converged, getattr(solution, criterion), np.nan)
+        block[pending] = figures.reshape(-1, _BLOCK)
         chi = solution.susceptibility.reshape(-1, _BLOCK)[:, -1]
         ladder, values = np.hstack([ladder, rungs]), np.hstack([values, block])
         over = (block[pending] < 0).any(axis=1)
@@ -126,7 +127,9 @@ def _descend(
         pending = pending[~over]
         if not pending.size:
             break
-    return ladder, values
+    # A rung without a figure repeats the one above.
+    last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(values.shape[1])), axis=1)
+    return np.take_along_axis(ladder, last, axis=1), np.take_along_axis(values, last, axis=1)
 
 
 def _hot(problem: TeacherStudent) -> float:
