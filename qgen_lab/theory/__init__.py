@@ -29,6 +29,7 @@ from qgen_lab.theory.monte_carlo import (
     heat_bath,
     parallel_tempering,
 )
+from qgen_lab.theory.one_step_rsb import OneStepRSBSolution, solve_1rsb
 from qgen_lab.theory.optimal_width import (
     OptimalWidth,
     WidthRecommendation,
@@ -64,6 +65,7 @@ __all__ = [
     "GibbsAverages",
     "Instance",
     "MonteCarloAverages",
+    "OneStepRSBSolution",
     "OptimalWidth",
     "PhaseDiagram",
     "RSSolution",
@@ -94,6 +96,7 @@ __all__ = [
     "ridge_solution",
     "sample",
     "small_temperature_law",
+    "solve_1rsb",
     "solve_rs",
     "state_evolution",
     "stationary_motion",
