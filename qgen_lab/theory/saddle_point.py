@@ -433,24 +433,37 @@ def _distance(one, other):
 
 @_compiled
 def flow(model, point, temperature, left):
-    """Where the damped map goes from `point`, in longer strides while it goes straight on.
+    """Where the damped map goes from `point`: implicit Euler steps along `(-pull, drift)`.
 
-    Just past the end of a root the map lingers where the root was; hence the strides.
+    Just past the end of a root the map lingers where the root was; so the time step doubles while
+    the path is straight, as long as it resolves how fast the path leaves.
     """
-    stride, near, before_x, before_y = 0.5, 0.02, 0.0, 0.0
+    step, near, before_x, before_y = 0.5, 0.02, 0.0, 0.0
     while left[0] > 0:
         d = defect(model, point, temperature, left)
         size = max(abs(d.pull), abs(d.drift))
-        if size < near:
+        if size >= 0.02:
+            near = 0.02
+        elif size < near:
             root, found = newton(model, point, temperature, left)
             if found:
                 return root
-        near = min(near, size / 2) if size < 0.02 else 0.02
-        x, y = -d.pull, d.drift
-        along = x * before_x + y * before_y
-        straight = along > 0.9 * sqrt((x * x + y * y) * (before_x**2 + before_y**2))
-        stride = min(1.5 * stride, 0.5 / size) if straight else 0.5
-        point = Point(point.x + stride * x, point.y + stride * y)
+            near = size / 2
+        half_trace = (d.drift_by_y - d.pull_by_x) / 2
+        determinant = d.pull_by_y * d.drift_by_x - d.pull_by_x * d.drift_by_y
+        growth = half_trace + sqrt(max(half_trace**2 - determinant, 0.0))
+        if step * growth > 0.5:
+            step = 0.5 / growth
+        scale = 1 / step**2 - 2 * half_trace / step + determinant
+        x = ((d.drift_by_y - 1 / step) * d.pull - d.pull_by_y * d.drift) / scale
+        y = ((1 / step + d.pull_by_x) * d.drift - d.drift_by_x * d.pull) / scale
+        longest = max(abs(x), abs(y), 0.5)
+        x, y = x / (2 * longest), y / (2 * longest)
+        point = Point(point.x + x, point.y + y)
+        straight = x * before_x + y * before_y > 0.9 * sqrt(
+            (x * x + y * y) * (before_x**2 + before_y**2)
+        )
+        step = 2 * step if straight else 0.5
         before_x, before_y = x, y
     return point
 
