@@ -5,10 +5,96 @@ import itertools
 import numba
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
-from qgen_lab.theory import optimal_width, ridge_solution
+from qgen_lab.codebooks import lloyd_max, uniform
+from qgen_lab.theory import (
+    TeacherStudent,
+    at_temperature,
+    optimal_width,
+    phase_diagram,
+    ridge_solution,
+    solve_rs,
+    stationary_motion,
+    zero_entropy_temperature,
+)
 
 FEW = numba.config.DISABLE_JIT  # smaller sizes where every solution is slow
+
+# --- (i) replica symmetry breaks at few bits and large width ------------------------------------
+
+
+def is_few_bits_and_large_width(broken):
+    """Whether a set over (bits, width) keeps each point if bits are taken away or width added."""
+    wider = (broken[:, 1:] >= broken[:, :-1]).all()
+    fewer_bits = (broken[:-1] >= broken[1:]).all()
+    return wider, fewer_bits
+
+
+@pytest.mark.parametrize("criterion", ["replicon", "entropy"])
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 0.1])
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 8.0])
+def test_i_holds_at_a_temperature_from_one_sample_per_weight_on(criterion, alpha, temperature):
+    widths = np.geomspace(0.02, 60, 20 if FEW else 48)
+    broken = phase_diagram([1, 2, 3, 4], widths, alpha, temperature)[criterion] < 0
+    assert broken.any()
+    assert not broken.all()
+    assert is_few_bits_and_large_width(broken) == (True, True)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.02])
+@pytest.mark.parametrize("alpha", [0.3, 0.6, 0.9])
+def test_i_holds_for_few_bits_but_not_for_large_width_below(alpha, temperature):
+    widths = np.geomspace(0.02, 60, 20 if FEW else 48)
+    broken = phase_diagram([1, 2, 3, 4], widths, alpha, temperature)["replicon"] < 0
+    wider, fewer_bits = is_few_bits_and_large_width(broken)
+    assert fewer_bits
+    if broken.any():
+        assert not wider
+        assert not broken[:, -1].any()  # stable again at the widest
+
+
+def test_i_in_numbers():
+    widths = np.geomspace(0.1, 10, 20 if FEW else 48)
+    diagram = phase_diagram([1, 2, 3, 4], widths, 1.5, 0.01)
+    by_replicon, by_entropy = (diagram.boundary(c).points[:, 1] for c in ("replicon", "entropy"))
+    np.testing.assert_allclose(by_replicon, [0.2990, 0.6630, 1.4014, 3.1586], atol=6e-5)
+    np.testing.assert_allclose(by_entropy, [0.3772, 0.8126, 1.6106, 3.3781], atol=6e-5)
+    # Below the spinodal one bit is unstable between two widths only.
+    window = phase_diagram([1, 2], widths, 0.6, 0.005).boundary().points
+    np.testing.assert_allclose(window[window[:, 0] == 1, 1], [0.2677, 1.3881], atol=6e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 8.0])
+def test_i_holds_for_message_passing_with_a_tolerance(alpha):
+    widths = np.geomspace(0.1, 10, 24)
+    motion = np.array(
+        [
+            [stationary_motion(TeacherStudent(uniform(b, w), alpha)) for w in widths]
+            for b in (1, 2, 3, 4)
+        ]
+    )
+    assert (np.diff(motion, axis=1) > 0).all()
+    assert (np.diff(motion, axis=0) < 0).all()
+
+
+def test_i_has_no_boundary_at_temperature_zero():
+    widths = np.geomspace(0.1, 10, 24)
+    for alpha in (1.0, 1.5, 8.0):
+        ground = phase_diagram([1, 2, 3, 4], widths, alpha)
+        assert (ground["replicon"] == -np.inf).all()
+        assert (ground["entropy"] < 0).all()
+
+
+def test_replica_symmetry_ends_by_a_jump_close_to_interpolation():
+    """Entropy vanishes before the replicon does: many fine levels below 1.344 samples a weight."""
+
+    def lead(alpha):
+        problem = TeacherStudent(uniform(7, 6.0), alpha)
+        return zero_entropy_temperature(problem) / at_temperature(problem) - 1
+
+    assert brentq(lead, 1.2, 1.5, xtol=1e-6) == pytest.approx(1.3441, abs=2e-3)
+
 
 # --- (ii) an optimal width ----------------------------------------------------------------------
 
@@ -71,3 +157,41 @@ def test_at_a_high_temperature_no_width_is_best():
         assert optimal_width(bits, alpha, temperature=2.02 * alpha).at_edge
         if not FEW:
             assert not optimal_width(bits, alpha, temperature=1.9 * alpha).at_edge
+
+
+# --- (iv) levels that are not evenly spaced -----------------------------------------------------
+
+
+def temperatures(codebooks, alpha):
+    return at_temperature([TeacherStudent(codebook, alpha) for codebook in codebooks])
+
+
+@pytest.mark.parametrize(("bits", "crossing"), [(2, 1.0869), (3, 1.5570), (4, 1.9946)])
+def test_iv_lloyd_max_is_more_stable_at_large_width_and_less_at_small(bits, crossing):
+    alpha, shape = 3.0, lloyd_max(bits)
+
+    def ratio(width):
+        lloyd, even = temperatures([shape.with_width(width), uniform(bits, width)], alpha)
+        return lloyd / even - 1
+
+    assert brentq(ratio, 0.5, 4.0, xtol=1e-8) == pytest.approx(crossing, abs=1e-4)
+    for width in (0.3, 0.7, 0.95 * crossing):
+        assert ratio(width) > 0
+    for width in (1.05 * crossing, 3.0, 6.0):
+        assert ratio(width) < 0
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(3, 0.80), (4, 0.77)])
+def test_iv_lloyd_max_is_more_stable_at_equal_error(bits, gain):
+    alpha, shape = 3.0, lloyd_max(bits)
+
+    def error(codebook):
+        return solve_rs(TeacherStudent(codebook, alpha)).gen_error
+
+    widths = np.linspace(1.5, 3.0, 61)
+    errors = [error(uniform(bits, w)) for w in widths]
+    best = int(np.argmin(errors))
+    # The narrowest Lloyd-Max codebook that is as good as the best evenly spaced one.
+    equal = brentq(lambda w: error(shape.with_width(w)) - errors[best], 1.0, widths[best])
+    lloyd, even = temperatures([shape.with_width(equal), uniform(bits, widths[best])], alpha)
+    assert lloyd / even == pytest.approx(gain, abs=0.02)
