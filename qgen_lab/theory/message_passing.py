@@ -59,8 +59,8 @@ class Trajectory:
     replicon: NDArray[np.float64]
 
     @classmethod
-    def _of(cls, rows: list[tuple[float, ...]]) -> "Trajectory":
-        return cls(*np.array(rows).T)
+    def _of(cls, entries: list[tuple[float, ...]]) -> "Trajectory":
+        return cls(*np.array(entries).T)
 
     def to_frame(self) -> pd.DataFrame:
         """One row an iteration, one column a field."""
@@ -303,27 +303,22 @@ class _Sites:
         self.slope, self.replicon = 0.0, np.nan
         self.spread, self.susceptibility = _start(problem)
         self.variance = np.full(X.shape[1], self.spread, X.dtype)
-        self.rows: list[tuple[float, ...]] = []
+        self.entries: list[tuple[float, ...]] = []
         self.changes: list[float] = []
 
     def record(self, mean: NDArray, residual: NDArray, teacher: NDArray) -> None:
-        size, damping = len(mean), 1 / (1 + self.susceptibility)
         mean = mean.astype(np.float64)
-        replica_overlap = mean @ mean / size
-        error_of_mean = np.square(mean - teacher).mean()
-        noise = np.square(residual, dtype=np.float64).mean()
-        self.rows.append(
-            (
-                teacher @ mean / size,
-                replica_overlap,
-                replica_overlap + self.spread,
-                self.susceptibility,
-                error_of_mean + self.spread,
-                error_of_mean,
-                noise * damping**2 + self.problem.temperature * (1 - damping),
-                self.replicon,
-            )
+        entry = _entry(
+            overlap=(teacher * mean).mean(),
+            replica_overlap=np.square(mean).mean(),
+            spread=self.spread,
+            susceptibility=self.susceptibility,
+            gen_error_mean=np.square(mean - teacher).mean(),
+            noise=np.square(residual, dtype=np.float64).mean(),
+            temperature=self.problem.temperature,
+            replicon=self.replicon,
         )
+        self.entries.append(entry)
 
     def answer(self, mean: NDArray, field: NDArray) -> tuple[NDArray, NDArray]:
         """Means and variances of the weights in the field; notes what they change."""
@@ -354,8 +349,20 @@ class _Sites:
         return new, variance
 
     def solution(self, mean: NDArray, converged: bool) -> AMPSolution:
-        trajectory = Trajectory._of(self.rows)
+        trajectory = Trajectory._of(self.entries)
         return AMPSolution(mean, self.variance, trajectory, np.array(self.changes), converged)
+
+
+def _entry(
+    overlap, replica_overlap, spread, susceptibility, gen_error_mean, noise, temperature, replicon
+) -> tuple[float, ...]:
+    """One entry of a trajectory, in the order of its fields; `noise` is the residual's square."""
+    damping = 1 / (1 + susceptibility)
+    train_error = noise * damping**2 + temperature * (1 - damping)
+    return (
+        overlap, replica_overlap, replica_overlap + spread, susceptibility,
+        gen_error_mean + spread, gen_error_mean, train_error, replicon,
+    )  # fmt: skip
 
 
 def _start(problem: TeacherStudent) -> tuple[float, float]:
@@ -432,23 +439,16 @@ def state_evolution(problem: TeacherStudent, iterations: int) -> Trajectory:
     alpha, rho, temperature = problem.alpha, problem.signal_variance, problem.temperature
     overlap, replica_overlap, replicon = 0.0, float(problem.codebook.levels.mean()) ** 2, np.nan
     spread, susceptibility = _start(problem)
-    rows = []
+    entries = []
     for _ in range(iterations):
-        damping, gen_error_mean = 1 / (1 + susceptibility), rho - 2 * overlap + replica_overlap
+        gen_error_mean = rho - 2 * overlap + replica_overlap
         noise = problem.noise_variance + gen_error_mean
-        rows.append(
-            (
-                overlap,
-                replica_overlap,
-                replica_overlap + spread,
-                susceptibility,
-                gen_error_mean + spread,
-                gen_error_mean,
-                noise * damping**2 + temperature * (1 - damping),
-                replicon,
-            )
-        )
-        stiffness, variance = alpha * damping, rho + noise / alpha
+        entry = _entry(
+            overlap, replica_overlap, spread, susceptibility, gen_error_mean, noise, temperature,
+            replicon,
+        )  # fmt: skip
+        entries.append(entry)
+        stiffness, variance = alpha / (1 + susceptibility), rho + noise / alpha
         if temperature > 0:
             here = thermal_averages(
                 problem.codebook, stiffness, variance, problem.ridge, temperature
@@ -461,7 +461,7 @@ def state_evolution(problem: TeacherStudent, iterations: int) -> Trajectory:
             replicon = -np.inf
         overlap, susceptibility = rho * slope, min(slope / stiffness, _HUGE)
         spread = temperature * susceptibility
-    return Trajectory._of(rows)
+    return Trajectory._of(entries)
 
 
 def stationary_motion(problem: TeacherStudent) -> float:
