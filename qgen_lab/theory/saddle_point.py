@@ -436,10 +436,13 @@ def flow(model, point, temperature, left):
     """Where the damped map goes from `point`: implicit Euler steps along `(-pull, drift)`.
 
     Just past the end of a root the map lingers where the root was; so the time step doubles while
-    the path is straight, as long as it resolves how fast the path leaves.
+    the path is straight, as long as it resolves how fast the path leaves. Where the map runs in
+    circles around a root, the noise is slowed down until it settles there.
     """
     step, near, before_x, before_y = 0.5, 0.02, 0.0, 0.0
+    begin = left[0]
     while left[0] > 0:
+        pace = 0.5 ** ((begin - left[0]) // 100)
         d = defect(model, point, temperature, left)
         size = max(abs(d.pull), abs(d.drift))
         if size >= 0.02:
@@ -449,20 +452,20 @@ def flow(model, point, temperature, left):
             if found:
                 return root
             near = size / 2
-        half_trace = (d.drift_by_y - d.pull_by_x) / 2
-        determinant = d.pull_by_y * d.drift_by_x - d.pull_by_x * d.drift_by_y
+        drift, by_x, by_y = pace * d.drift, pace * d.drift_by_x, pace * d.drift_by_y
+        half_trace = (by_y - d.pull_by_x) / 2
+        determinant = d.pull_by_y * by_x - d.pull_by_x * by_y
         growth = half_trace + sqrt(max(half_trace**2 - determinant, 0.0))
         if step * growth > 0.5:
             step = 0.5 / growth
         scale = 1 / step**2 - 2 * half_trace / step + determinant
-        x = ((d.drift_by_y - 1 / step) * d.pull - d.pull_by_y * d.drift) / scale
-        y = ((1 / step + d.pull_by_x) * d.drift - d.drift_by_x * d.pull) / scale
+        x = ((by_y - 1 / step) * d.pull - d.pull_by_y * drift) / scale
+        y = ((1 / step + d.pull_by_x) * drift - by_x * d.pull) / scale
         longest = max(abs(x), abs(y), 0.5)
         x, y = x / (2 * longest), y / (2 * longest)
         point = Point(point.x + x, point.y + y)
-        straight = x * before_x + y * before_y > 0.9 * sqrt(
-            (x * x + y * y) * (before_x**2 + before_y**2)
-        )
+        along = x * before_x + y * before_y
+        straight = along > 0.9 * sqrt((x * x + y * y) * (before_x**2 + before_y**2))
         step = 2 * step if straight else 0.5
         before_x, before_y = x, y
     return point
