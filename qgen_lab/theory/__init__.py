@@ -1,6 +1,13 @@
 """Typical-case theory of quantized linear models: replica equations and what they predict."""
 
 from qgen_lab.theory.descent import Descent, largest_stable_rate, straight_through_descent
+from qgen_lab.theory.discrete_least_squares import (
+    coordinate_descent,
+    procedures,
+    ridge_weights,
+    round_compensated,
+    round_ridge,
+)
 from qgen_lab.theory.extrapolation import (
     Extrapolation,
     centred_moments,
@@ -83,6 +90,7 @@ __all__ = [
     "centred_moments",
     "configuration",
     "controlled_mean",
+    "coordinate_descent",
     "enumerate_states",
     "extrapolate",
     "heat_bath",
@@ -91,9 +99,13 @@ __all__ = [
     "optimal_width",
     "parallel_tempering",
     "phase_diagram",
+    "procedures",
     "recommend_width",
     "replicon",
     "ridge_solution",
+    "ridge_weights",
+    "round_compensated",
+    "round_ridge",
     "sample",
     "small_temperature_law",
     "solve_1rsb",
