@@ -77,7 +77,7 @@ def test_a_dense_scan_finds_nothing_better(bits, setting):
 # --- limits and units ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", MSE_WIDTHS)
+@pytest.mark.parametrize("bits", [1] if FEW else MSE_WIDTHS)
 def test_with_many_samples_the_teacher_is_rounded(bits):
     best = optimal_width(bits, alpha=1e7)
     assert best.width == pytest.approx(MSE_WIDTHS[bits], abs=1e-4)
@@ -110,7 +110,7 @@ def test_one_bit_has_a_closed_form():
     assert best.gen_error == pytest.approx(slow.fun, rel=1e-9)
 
 
-@settings(max_examples=2 if FEW else 10, deadline=None)
+@settings(max_examples=1 if FEW else 10, deadline=None)
 @given(
     bits=st.integers(1, 4),
     alpha=st.floats(0.3, 5.0),
@@ -226,12 +226,12 @@ def test_the_theorys_own_units():
     # What the recommendation means: full-precision weights of this spread were trained in a world
     # whose signal has this variance, and there the width is the best one.
     weights_std, alpha, noise, ridge = 0.3, 1.5, 0.2, 0.05
-    rec = recommend_width(3, alpha, noise, ridge, weights=weights_std)
+    rec = recommend_width(2, alpha, noise, ridge, weights=weights_std)
     rho = (rec.width / rec.width_per_signal_std) ** 2
     assert ridge_solution(alpha, noise * rho, ridge, rho).self_overlap == pytest.approx(
         weights_std**2, rel=1e-9
     )
-    best = optimal_width(3, alpha, noise * rho, ridge, signal_variance=rho)
+    best = optimal_width(2, alpha, noise * rho, ridge, signal_variance=rho)
     assert best.width == pytest.approx(rec.width, rel=1e-5)
     assert best.gen_error / rho == pytest.approx(rec.gen_error, rel=1e-6)
 
@@ -265,20 +265,20 @@ def test_the_largest_of_gaussian_weights():
 
 def test_weights_of_a_layer():
     w = np.random.default_rng(0).normal(0, 0.02, size=(64, 100))
-    rec = recommend_width(3, 4.0, weights=w)
+    rec = recommend_width(2, 4.0, weights=w)
     std = np.sqrt(np.mean(w**2))
-    assert rec.width == pytest.approx(recommend_width(3, 4.0).width * std, rel=1e-9)
+    assert rec.width == pytest.approx(recommend_width(2, 4.0).width * std, rel=1e-9)
     assert rec.min_max_width == np.abs(w).max()
-    assert rec.lsq_width == pytest.approx(2 * np.abs(w).mean() / np.sqrt(3) * 3.5, rel=1e-12)
+    assert rec.lsq_width == pytest.approx(2 * np.abs(w).mean() * 1.5, rel=1e-12)
     assert rec.trusted
     assert rec.caveats == ()
 
 
 def test_bits_as_a_sequence_give_a_frame():
-    rec = recommend_width((1, 2, 3), 2.0)
+    rec = recommend_width((1, 2), 2.0)
     frame = rec.to_frame()
-    assert list(frame["bits"]) == [1, 2, 3]
-    assert repr(rec) == "WidthRecommendation(3 rows, 3 trusted)"
+    assert list(frame["bits"]) == [1, 2]
+    assert repr(rec) == "WidthRecommendation(2 rows, 2 trusted)"
     assert rec.trusted.all()
     single = recommend_width(2, 2.0)
     assert single.trusted is True
@@ -300,10 +300,10 @@ def test_a_users_own_family():
 
 @pytest.mark.parametrize("name", ["Lloyd-Max"] if FEW else families)
 def test_every_family_can_be_recommended(name):
-    rec = recommend_width(3, 2.0, codebook=name)
+    rec = recommend_width(2, 2.0, codebook=name)
     assert rec.band_lower < rec.width < rec.band_upper
     assert rec.gen_error <= min(rec.mse_gen_error, rec.min_max_gen_error, rec.lsq_gen_error)
-    assert rec.gen_error == optimal_width(3, 2.0, codebook=families[name]).gen_error
+    assert rec.gen_error == optimal_width(2, 2.0, codebook=families[name]).gen_error
 
 
 def test_what_is_deployed_is_looked_up(monkeypatch):
@@ -319,13 +319,13 @@ def test_what_is_deployed_is_looked_up(monkeypatch):
 
 
 def caveat(**setting):
-    return "; ".join(recommend_width(**{"alpha": 2.0, "bits": 2} | setting).caveats)
+    return "; ".join(recommend_width(**{"alpha": 2.0, "bits": 1} | setting).caveats)
 
 
 def test_caveats():
     rng = np.random.default_rng(0)
     assert "below the interpolation threshold" in caveat(bits=3, alpha=0.5)
-    assert "another width" in caveat(alpha=0.5, noise_variance=0.03)
+    assert "another width" in caveat(bits=2, alpha=0.5, noise_variance=0.03)
     assert "hardly anything is learned" in caveat(alpha=0.1, noise_variance=2.0)
     assert "mean is not small" in caveat(weights=rng.normal(0.5, 1.0, 1000))
     assert "kurtosis" in caveat(weights=rng.standard_t(3, 10_000))
