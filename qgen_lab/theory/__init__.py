@@ -36,6 +36,13 @@ from qgen_lab.theory.monte_carlo import (
     heat_bath,
     parallel_tempering,
 )
+from qgen_lab.theory.one_pass import (
+    OnePassLimit,
+    OnePassPath,
+    one_pass,
+    one_pass_descent,
+    one_pass_path,
+)
 from qgen_lab.theory.one_step_rsb import OneStepRSBSolution, solve_1rsb
 from qgen_lab.theory.optimal_width import (
     OptimalWidth,
@@ -72,6 +79,8 @@ __all__ = [
     "GibbsAverages",
     "Instance",
     "MonteCarloAverages",
+    "OnePassLimit",
+    "OnePassPath",
     "OneStepRSBSolution",
     "OptimalWidth",
     "PhaseDiagram",
@@ -96,6 +105,9 @@ __all__ = [
     "heat_bath",
     "interpolation_threshold",
     "largest_stable_rate",
+    "one_pass",
+    "one_pass_descent",
+    "one_pass_path",
     "optimal_width",
     "parallel_tempering",
     "phase_diagram",
@@ -111,7 +123,6 @@ __all__ = [
     "solve_1rsb",
     "solve_rs",
     "state_evolution",
-    "stationary_motion",
     "stationary_motion",
     "straight_through",
     "straight_through_descent",

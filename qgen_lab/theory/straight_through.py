@@ -213,7 +213,7 @@ class _Equations:
 
     def averages(self, stiffness: float, noise: float) -> tuple[float, float, float, float]:
         self.spent += 1
-        return _averages(
+        return gaussian_averages(
             self.problem.codebook.levels,
             1 + self.problem.ridge / stiffness,
             self.decay / stiffness,
@@ -225,7 +225,7 @@ class _Equations:
         self.spent += 1
         deviation = sqrt(self.problem.signal_variance + noise)
         pull = _SOFT if self.decay > 0 else 0.0
-        return _averages(self.problem.codebook.levels, 1.0, pull, deviation)[0]
+        return gaussian_averages(self.problem.codebook.levels, 1.0, pull, deviation)[0]
 
     def stiffness(self, noise: float) -> float:
         """Root of `a + slope(a) = alpha`; the caller makes sure that there is one."""
@@ -271,8 +271,17 @@ class _Equations:
         return self.stiffness(noise), noise
 
 
+def stochastic_rounding_error(codebook: Codebook, variance: float) -> float:
+    """Mean squared error of rounding N(0, variance) at random to a neighbour, without bias inside.
+
+    What is beyond the range goes to the outer levels.
+    """
+    slope, square, spread, _ = gaussian_averages(codebook.levels, 1.0, 0.0, sqrt(variance))
+    return variance * (1 - 2 * slope) + square + spread
+
+
 @numba.njit(cache=True)
-def _averages(levels, shrinkage, pull, deviation):
+def gaussian_averages(levels, shrinkage, pull, deviation):
     """Averages over `r ~ N(0, deviation^2)`: slope and square of v, variance in time, moving share.
 
     Between levels l and u, whose middle is t, `v = (r - pull t) / shrinkage`; it rests on a level

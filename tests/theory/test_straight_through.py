@@ -13,8 +13,8 @@ from qgen_lab.codebooks import Codebook, lloyd_max, power_of_two, uniform
 from qgen_lab.theory import TeacherStudent, ridge_solution, sample
 from qgen_lab.theory.straight_through import (
     StraightThroughLimit,
-    _averages,
     average_weights,
+    gaussian_averages,
     straight_through,
 )
 
@@ -81,7 +81,7 @@ def plain_averages(codebook, shrinkage, pull, deviation):
 @pytest.mark.parametrize(("shrinkage", "pull"), [(1.0, 0.0), (1.4, 0.0), (1.0, 0.6), (1.2, 2.5)])
 def test_the_kernel_has_the_averages_of_a_fine_grid(codebook, shrinkage, pull):
     # The jumps of `moving` and of the rounded weight cost half a step of the grid.
-    kernel = _averages(codebook.levels, shrinkage, pull, 1.3)
+    kernel = gaussian_averages(codebook.levels, shrinkage, pull, 1.3)
     plain = plain_averages(codebook, shrinkage, pull, 1.3)
     np.testing.assert_allclose(kernel[:3], plain[:3], atol=1e-7)
     assert kernel[3] == pytest.approx(plain[3], abs=1e-4 * len(codebook))
