@@ -26,8 +26,8 @@ from qgen_lab.theory.message_passing import (
     Trajectory,
     amp,
     amp_batch,
+    motion_at_temperature,
     state_evolution,
-    stationary_motion,
 )
 from qgen_lab.theory.monte_carlo import (
     MonteCarloAverages,
@@ -105,6 +105,7 @@ __all__ = [
     "heat_bath",
     "interpolation_threshold",
     "largest_stable_rate",
+    "motion_at_temperature",
     "one_pass",
     "one_pass_descent",
     "one_pass_path",

@@ -7,7 +7,7 @@ which makes the field look like the teacher's weight plus fresh Gaussian noise. 
 follows the size of that noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numba
@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import ndtr
 
 from qgen_lab.theory.problem import Instance, TeacherStudent
 from qgen_lab.theory.scalar_channel import ground_averages, thermal_averages
+from qgen_lab.theory.stability import stationary_motion
 from qgen_lab.theory.typical_case import solve_rs
 
 _NEGLIGIBLE = 45.0  # a level whose weight is exp(-45) of the largest is left out
@@ -464,11 +464,11 @@ def state_evolution(problem: TeacherStudent, iterations: int) -> Trajectory:
     return Trajectory._of(entries)
 
 
-def stationary_motion(problem: TeacherStudent) -> float:
+def motion_at_temperature(problem: TeacherStudent) -> float:
     """Mean square change of a weight's mean in an iteration, once the order parameters are settled.
 
     Zero where message passing settles. Where the replicon is negative the order parameters settle
-    all the same, and the weights keep moving: at temperature 0 for every codebook.
+    all the same, and the weights keep moving; `stationary_motion` is the limit at temperature 0.
 
     Parameters
     ----------
@@ -496,17 +496,21 @@ def stationary_motion(problem: TeacherStudent) -> float:
             f"susceptibility = {solution.susceptibility:g} of {problem}: the weights interpolate;"
             " give a larger alpha or ridge"
         )
-    stiffness = alpha / (1 + solution.susceptibility)
+    if problem.temperature == 0:
+        return stationary_motion(problem)
     noise = problem.noise_variance + solution.gen_error_mean
     variance = problem.signal_variance + noise / alpha
-    smoothed = _smoothed_answer(problem, stiffness, np.sqrt(variance))
+    stiffness = alpha / (1 + solution.susceptibility)
+    fields, answer = _answer_on_grid(problem, stiffness, np.sqrt(variance))
+    transform = np.fft.rfft(answer)
+    wave_numbers = 2 * np.pi * np.fft.rfftfreq(len(fields), fields[1] - fields[0])
 
     def excess(log_motion: float) -> float:
         # Half of the variance by which the two fields differ is private to each of them.
         private = np.exp(log_motion) / (2 * alpha)
-        fields, answer = smoothed(np.sqrt(private))
+        damped = transform * np.exp(-0.5 * private * wave_numbers**2)
         density = np.exp(-(fields**2) / (2 * (variance - private)))
-        common = density @ answer**2 / density.sum()
+        common = density @ np.fft.irfft(damped, len(fields)) ** 2 / density.sum()
         return np.log(2 * max(solution.replica_overlap - common, 1e-300)) - log_motion
 
     upper, bottom = np.log(2 * noise), np.log(1e-10 * problem.signal_variance)
@@ -518,35 +522,18 @@ def stationary_motion(problem: TeacherStudent) -> float:
     return 0.0
 
 
-def _smoothed_answer(
+def _answer_on_grid(
     problem: TeacherStudent, stiffness: float, deviation: float
-) -> Callable[[float], tuple[NDArray, NDArray]]:
-    """Function of s: a grid of fields r, and the mean of the weight over fields N(r, s^2)."""
+) -> tuple[NDArray, NDArray]:
+    """Evenly spaced fields, and the weight's mean there."""
     codebook, temperature = problem.codebook, problem.temperature
-    reach = 20 * deviation  # so far out that the wrap-around of the transform is not seen
-    finest = deviation / 400
-    if temperature > 0:
-        finest = min(finest, temperature / (4 * stiffness * codebook.spacing.max()))
-    size = 1 << int(np.ceil(np.log2(2 * reach / finest)))
+    reach = 20 * deviation  # so far out that the wrap-around of a Fourier transform is not seen
+    step = min(deviation / 400, temperature / (4 * stiffness * codebook.spacing.max()))
+    size = 1 << int(np.ceil(np.log2(2 * reach / step)))
     fields = np.linspace(-reach, reach, size, endpoint=False)
-    if temperature == 0:
-        steps = codebook.thresholds * (1 + problem.ridge / stiffness)
-
-        def staircase(s: float) -> tuple[NDArray, NDArray]:
-            rises = codebook.spacing * ndtr((fields[:, None] - steps) / s)
-            return fields, codebook.levels[0] + rises.sum(axis=1)
-
-        return staircase
     mean, variance = np.empty(size), np.empty(size)
     posterior(
         fields, codebook.levels, codebook.thresholds, stiffness / temperature,
         problem.ridge / temperature, mean, variance,
     )  # fmt: skip
-    transform = np.fft.rfft(mean)
-    wave_numbers = 2 * np.pi * np.fft.rfftfreq(size, fields[1] - fields[0])
-
-    def convolution(s: float) -> tuple[NDArray, NDArray]:
-        damping = np.exp(-0.5 * (wave_numbers * s) ** 2)
-        return fields, np.fft.irfft(transform * damping, size)
-
-    return convolution
+    return fields, mean

@@ -14,9 +14,9 @@ from qgen_lab.theory import Instance, TeacherStudent, sample, solve_rs
 from qgen_lab.theory.message_passing import (
     amp,
     amp_batch,
+    motion_at_temperature,
     posterior,
     state_evolution,
-    stationary_motion,
 )
 
 JIT = not numba.config.DISABLE_JIT
@@ -235,7 +235,7 @@ def test_two_starts_settle_at_one_point():
     ],
 )
 def test_the_motion_reproduces_itself_among_random_pairs_of_fields(problem):
-    solution, motion = solve_rs(problem), stationary_motion(problem)
+    solution, motion = solve_rs(problem), motion_at_temperature(problem)
     assert motion > 0.01
     n = 100_000 if JIT else 3000
     noise = problem.noise_variance + solution.gen_error_mean
@@ -253,14 +253,21 @@ def test_the_motion_reproduces_itself_among_random_pairs_of_fields(problem):
     assert abs(squares.mean() - motion) < 3.72 * squares.std() / np.sqrt(n)
 
 
+def test_motion_goes_to_that_at_temperature_zero():
+    ground, warmer, warm = (
+        motion_at_temperature(replace(PROBLEMS[2], temperature=T)) for T in (0.0, 1e-3, 2e-3)
+    )
+    assert 2 * warmer - warm == pytest.approx(ground, rel=1e-4)
+
+
 def test_nothing_moves_where_replica_symmetry_is_stable():
     assert solve_rs(WARM).replicon > 0
-    assert stationary_motion(WARM) == 0
+    assert motion_at_temperature(WARM) == 0
 
 
 def test_motion_of_interpolating_weights_is_refused():
     with pytest.raises(ValueError, match="susceptibility = inf"):
-        stationary_motion(TeacherStudent(uniform(1, 1.0), 0.2))
+        motion_at_temperature(TeacherStudent(uniform(1, 1.0), 0.2))
 
 
 # --- precision, batches, memory -----------------------------------------------------------------
