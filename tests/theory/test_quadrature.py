@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,6 +34,32 @@ def test_gaussian_moments(deviation):
     nodes, weights = gaussian_rule(deviation, np.array([0.3]), np.array([0.2]))
     moments = [weights @ (nodes / deviation) ** k for k in range(9)]
     assert moments == pytest.approx([1, 0, 1, 0, 3, 0, 15, 0, 105], rel=1e-12, abs=1e-12)
+
+
+def plain_rule(deviation, centres, sizes):
+    """The rule panel by panel, with NumPy."""
+    edges = graded_panels(-9 * deviation, 9 * deviation, 1.5 * deviation, centres, sizes)
+    x, w = np.polynomial.legendre.leggauss(16)
+    panels = [
+        (low + (high - low) * (1 + x) / 2, (high - low) / 2 * w) for low, high in pairwise(edges)
+    ]
+    nodes, weights = np.hstack(panels)
+    return nodes, weights * norm.pdf(nodes, scale=deviation)
+
+
+def test_the_rule_equals_its_plain_twin():
+    arguments = 1.3, np.array([-1.0, 0.2, 0.9]), np.array([0.01, 0.3, 0.02])
+    for ours, plain in zip(gaussian_rule(*arguments), plain_rule(*arguments), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-13, atol=1e-300)
+
+
+def test_an_even_integrand_needs_half_the_nodes():
+    centres, sizes = np.array([-0.8, 0.0, 0.8]), np.array([0.1, 0.02, 0.1])
+    whole, half = gaussian_rule(1.7, centres, sizes), gaussian_rule(1.7, centres, sizes, True)
+    assert half[0].min() > 0
+    assert half[0].size < 0.6 * whole[0].size
+    averages = [w @ (1 / (1 + np.cosh(5 * x))) for x, w in (whole, half)]
+    assert averages[1] == pytest.approx(averages[0], rel=1e-13)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-5, 1e-9])

@@ -7,9 +7,15 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from qgen_lab.codebooks import Codebook, lloyd_max, power_of_two, uniform
-from qgen_lab.theory.scalar_channel import ground_averages, thermal_averages
+from qgen_lab.theory.scalar_channel import (
+    channel_averages,
+    ground_averages,
+    is_even,
+    thermal_averages,
+)
 
 UNEVEN = Codebook([-1.3, -0.4, -0.35, 0.9, 2.5])
+TWO_SPACINGS = Codebook(np.append(np.linspace(-1, 0, 33), np.linspace(0, 1, 65)[1:]))
 CHANNELS = [  # codebook, stiffness, variance, ridge, temperature
     (uniform(1, 1.0), 1.0, 1.5, 0.0, 1e-4),
     (uniform(1, 2.0), 0.02, 4.0, 0.3, 0.5),
@@ -18,6 +24,8 @@ CHANNELS = [  # codebook, stiffness, variance, ridge, temperature
     (uniform(4, 3.0), 3.0, 1.05, 0.1, 0.3),
     (uniform(4, 3.0), 0.3, 1.05, 2.0, 10.0),
     (uniform(6, 4.0), 1.0, 1.3, 0.1, 0.01),
+    (uniform(7, 1.5), 1.0, 1.3, 0.0, 0.1),  # many levels take part at once
+    (TWO_SPACINGS, 0.7, 1.6, 0.1, 0.02),
     (power_of_two(3, 2.0), 0.8, 1.6, 0.0, 3e-3),
     (lloyd_max(3), 0.8, 1.6, 0.2, 0.02),
     (UNEVEN, 0.5, 2.0, 0.1, 2e-3),
@@ -64,6 +72,17 @@ def test_derivatives_equal_finite_differences(channel):
         by_variance = getattr(ours, f"{name}_by_variance")
         assert by_stiffness == pytest.approx(difference(name, 1, 0), rel=1e-6, abs=1e-8)
         assert by_variance == pytest.approx(difference(name, 0, 1), rel=1e-6, abs=1e-8)
+
+
+def test_a_half_line_is_enough_for_symmetric_levels():
+    for codebook, temperature in ((uniform(3, 2.0, include_zero=True), 0.05), (lloyd_max(2), 1e-3)):
+        levels = codebook.levels.copy()
+        assert is_even(levels)
+        half, whole = (
+            channel_averages(levels, even, 0.8, 1.6, 0.1, temperature) for even in (True, False)
+        )
+        np.testing.assert_allclose(half, whole, rtol=1e-12, atol=1e-13)
+    assert not is_even(UNEVEN.levels)
 
 
 @pytest.mark.parametrize("codebook", [uniform(1, 1.0), uniform(3, 2.0), lloyd_max(2), UNEVEN])

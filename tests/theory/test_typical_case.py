@@ -1,7 +1,8 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,6 +91,35 @@ def test_the_map_gives_back_the_point_returned(problem):
         expected = mapped[name]
         tolerance = 1e-8 * max(abs(expected), 1e-2)
         assert getattr(solution, name) == pytest.approx(expected, abs=tolerance), name
+
+
+def random_problem(rng, largest_bits, coldest):
+    """A tenth without noise, a third without a ridge."""
+    return TeacherStudent(
+        uniform(int(rng.integers(1, largest_bits + 1)), rng.uniform(0.3, 4.0)),
+        10 ** rng.uniform(-1, 1),
+        noise_variance=rng.uniform(0, 1) * (rng.random() > 0.1),
+        ridge=rng.uniform(0, 1) * (rng.random() > 1 / 3),
+        temperature=10 ** rng.uniform(coldest, 1),
+    )
+
+
+def test_the_map_gives_back_the_point_at_random_problems():
+    rng = np.random.default_rng(13)
+    n, largest_bits, coldest = (10, 3, -2) if numba.config.DISABLE_JIT else (200, 8, -5)
+    problems = [random_problem(rng, largest_bits, coldest) for _ in range(n)]
+    solution = solve_rs(problems)
+    assert solution.converged.all()
+    assert (solution.branch == "cooled").all()
+    noise = np.array([p.noise_variance for p in problems])
+    error = 1 + noise - 2 * solution.overlap + solution.replica_overlap
+    mapped = [
+        map_once(*args) for args in zip(problems, solution.susceptibility, error, strict=True)
+    ]
+    for name in OBSERVABLES:
+        expected = np.array([each[name] for each in mapped])
+        gap = np.abs(getattr(solution, name) - expected) / np.maximum(np.abs(expected), 1e-2)
+        assert gap.max() < 1e-8, (name, problems[gap.argmax()])
 
 
 # --- identities and limits ----------------------------------------------------------------------
@@ -199,6 +229,7 @@ def test_between_threshold_and_spinodal_the_branches_differ():
     ground = solve_rs(replace(problem, temperature=0.0))
     assert cooled.converged
     assert heated.converged
+    assert (cooled.branch, heated.branch, ground.branch) == ("cooled", "heated", "ground")
     assert cooled.susceptibility == pytest.approx(2950, rel=1e-2)
     assert cooled.gen_error == pytest.approx(3.6005, abs=1e-4)
     assert cooled.phase == "stable"
@@ -222,6 +253,36 @@ def test_a_branch_that_is_not_there_is_said(alpha):
     assert not missing.converged
     assert missing.phase == "none"
     assert np.isnan(missing.gen_error)
+
+
+@pytest.mark.parametrize(
+    ("problem", "limit"),
+    [
+        # Newton's method and the flow at ends of branches, where plain damping crawls or circles.
+        (TeacherStudent(uniform(1, 3.154236778153992), 0.8213951849906671, 0.40225901591132396,
+                        temperature=0.012151265657477794), 300),
+        (TeacherStudent(uniform(1, 2.220156451677801), 1.0373711943581094, 0.0,
+                        temperature=0.2086468215166064), 300),
+        (TeacherStudent(uniform(2, 4.44866618, include_zero=True), 0.9720627317803276, 0.0,
+                        temperature=0.00251864732259291), 1000),
+    ],
+)  # fmt: skip
+def test_a_branch_that_ends_is_left_in_few_evaluations(problem, limit):
+    solution = solve_rs(problem)
+    assert solution.converged
+    assert solution.iterations < limit
+
+
+@pytest.mark.parametrize("codebook", [uniform(1, 2.0), uniform(2, 2.0), lloyd_max(3), UNEVEN])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2])
+def test_no_crawling_around_the_interpolation_threshold(codebook, temperature):
+    alphas = interpolation_threshold(codebook) + np.array([-1e-1, -1e-3, 0.0, 1e-5, 1e-2])
+    for branch in (None, "heated"):
+        solution = solve_rs(
+            [TeacherStudent(codebook, a, temperature=temperature) for a in alphas], branch
+        )
+        assert (solution.converged | (solution.phase == "none")).all()
+        assert solution.iterations.max() < 200
 
 
 @pytest.mark.parametrize("codebook", [uniform(2, 2.0), lloyd_max(3), uniform(3, 4.0), UNEVEN])
@@ -336,11 +397,33 @@ def test_a_sequence_gives_arrays_and_a_frame():
     frame = together.to_frame()
     assert len(frame) == 4
     assert list(frame["phase"]) == ["unstable", "stable"] * 2
+    assert list(frame["branch"]) == ["ground", "cooled"] * 2
     for k, problem in enumerate(problems):
         assert together.gen_error[k] == solve_rs(problem).gen_error == frame["gen_error"][k]
     assert repr(together) == "RSSolution(4 problems, 4 converged)"
     assert "phase='stable'" in repr(solve_rs(problems[1]))
     assert len(solve_rs(problems[1]).to_frame()) == 1
+    assert len(solve_rs([]).to_frame()) == 0
+
+
+@pytest.mark.parametrize("branch", [None, "heated"])
+def test_a_solution_does_not_depend_on_its_company_or_on_threads(branch, monkeypatch):
+    rng = np.random.default_rng(3)
+    problems = [
+        TeacherStudent(codebook, alpha, ridge=ridge, temperature=temperature)
+        for codebook in (uniform(1, 2.0), uniform(2, 1.5))
+        for alpha, ridge in ((0.7, 0.0), (1.2, 0.05))
+        for temperature in rng.permutation([0.0, 1e-4, 1e-3, 0.02, 0.021, 0.5, 0.5, 40.0])
+    ]
+    if numba.config.DISABLE_JIT:
+        problems = problems[:8]
+    alone = [solve_rs(problem, branch) for problem in problems]
+    for threads in (1, 3):
+        monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", threads)
+        together = solve_rs(problems, branch)
+        for field in fields(together):
+            expected = [getattr(each, field.name) for each in alone]
+            np.testing.assert_array_equal(getattr(together, field.name), expected)
 
 
 def test_bad_arguments_are_named():
