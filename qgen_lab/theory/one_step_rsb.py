@@ -7,8 +7,8 @@ on a level with the law
 
     p(w | r) ~ exp(-y [stiffness (w - r)^2 + ridge w^2] / 2) * P(w is best in its cluster's field),
 
-that is, replica symmetry at temperature 1 / y, but for the last factor: in cluster after cluster
-the field scatters around the common one, with deviation `scatter`.
+that is, replica symmetry at temperature 1 / y, but for the last factor: the field of a cluster
+scatters around the common one, with standard deviation `scatter / stiffness`.
 """
 
 from collections.abc import Sequence
@@ -193,7 +193,7 @@ class _Surroundings:
     d0: float  # 1 + susceptibility + y (q1 - q0)
     error: float  # rho + noise_variance - 2 m + q0
     stiffness: float
-    scatter: float  # deviation of a cluster's field, times the stiffness, from the common one
+    scatter: float  # deviation of a cluster's field around the common one, times the stiffness
 
     @classmethod
     def at(cls, point: NDArray, alpha: float, y: float) -> "_Surroundings":
@@ -226,7 +226,8 @@ class _Equations:
     def __init__(self, problem: TeacherStudent, limit: int):
         self.problem = problem
         self.limit, self.spent = limit, 0
-        self.point = np.log([1e-3, np.square(problem.codebook.levels).mean() / 2, 1.0])
+        error = problem.signal_variance + problem.noise_variance
+        self.point = np.log([1e-3, np.square(problem.codebook.levels).mean() / 2, error])
 
     def at(self, point: NDArray, y: float) -> tuple[_Surroundings, Averages]:
         problem = self.problem

@@ -190,6 +190,12 @@ def test_coordinate_descent_never_climbs_and_stays_where_it_ends(order):
     start = round_compensated(instance, problem)
     found = coordinate_descent(instance, problem, start.weights, order)
     assert found.energy <= start.energy
+    # No single weight has a better level.
+    gradient = instance.X.T @ (instance.X @ found.weights - instance.y)
+    gradient += problem.ridge * found.weights
+    curvature = np.sum(instance.X**2, axis=0) + problem.ridge
+    change = problem.codebook.levels - found.weights[:, None]
+    assert (change * gradient[:, None] + curvature[:, None] * change**2 / 2).min() > -1e-9
     assert (coordinate_descent(instance, problem, found.weights).weights == found.weights).all()
 
 
