@@ -25,7 +25,7 @@ from qgen_lab.theory.typical_case import solve_rs
 
 Family = Callable[[int, float], Codebook]
 
-_GRID = 96  # widths of the first look: neighbours differ by less than a tenth
+_RATIO = 1.08  # of neighbouring widths in the first look
 _SAME = 1e-6  # relative: errors closer than this are equal, and the narrower width is taken
 
 
@@ -120,7 +120,7 @@ def optimal_width(
 
     Notes
     -----
-    The minimum is global on a grid whose neighbours differ by less than a tenth, then refined.
+    The minimum is global on a grid whose neighbours differ by a factor of 1.08, then refined.
     The error can have several minima, and above temperature 0 it can jump, where the solution
     that cooling reaches changes to another branch. Of equal minima the narrowest is taken.
     """
@@ -240,11 +240,12 @@ def _minimum(
         Relative, for the band.
     """
     curve = _Curve(error)
-    grid = np.log(np.geomspace(*searched, _GRID))
+    lower, upper = np.log(searched)
+    grid = np.linspace(lower, upper, max(int((upper - lower) / np.log(_RATIO)) + 2, 8))
     values = curve(grid)
     falls = values[1:] < values[:-1]
     inner = np.flatnonzero(falls[:-1] & ~falls[1:]) + 1
-    ends = [k for k, least in ((0, not falls[0]), (_GRID - 1, falls[-1])) if least]
+    ends = [k for k, least in ((0, not falls[0]), (grid.size - 1, falls[-1])) if least]
     refined = elementwise.find_minimum(
         curve, (grid[inner - 1], grid[inner], grid[inner + 1]), tolerances=_FINE
     )
@@ -422,7 +423,7 @@ def recommend_width(
         How many weights there are, for the largest of them. Taken from `weights` if that is an
         array, else 10,000 unless given.
     codebook : callable or str
-        The family of codebooks, as in `optimal_width`.
+        The family of codebooks, as in `optimal_width`; levels are taken to scale with the width.
     deployed : str
         What is put to use, a name in `deployments`. "ground state": the best fit on the codebook.
     tolerance : float
