@@ -71,7 +71,7 @@ def is_even(levels: NDArray) -> bool:
 def channel_averages(levels, even, stiffness, variance, ridge, temperature):
     """`thermal_averages`, compiled."""
     curvature = stiffness + ridge
-    centres, sizes = _transitions(levels, stiffness, ridge, temperature)
+    centres, sizes = transitions(levels, stiffness, ridge, temperature)
     nodes, weights = gaussian_rule(sqrt(variance), centres, sizes, even)
     nearest = 0
     covariance = mean_square = squared_slope = entropy = 0.0
@@ -109,7 +109,7 @@ def channel_averages(levels, even, stiffness, variance, ridge, temperature):
 
 
 @numba.njit(cache=True, nogil=True)
-def _transitions(levels, stiffness, ridge, temperature):
+def transitions(levels, stiffness, ridge, temperature):
     """Fields at which the law changes from one level to the next, and panels narrow enough there.
 
     The change takes `temperature / (stiffness * spacing)`. Where many levels take part at once,
