@@ -6,7 +6,7 @@ Every run begins with the latent weights that a long constant rate has left, and
 the schedules. Two runs an instance, from different starts. An instance that is done is not run
 again; `runs.csv` has the end of every run, `trajectories.csv` means over instances and starts,
 `freezing_*.npz` when each weight of the first instance was moved for the last time. The share of
-weights that flip in a step is that of the last step; for the schedules whose course is kept, that of
+weights that flip in a step is that of the last step, or, for the schedules whose course is kept, of
 the last hundredth of the steps.
 """
 
