@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 N, INSTANCES, SEED = 200, 24, 20261121
 ALPHA, NOISE, TEMPERATURE = 2.0, 0.1, 0.2
 BITS, MULTIPLES = (1, 2, 3, 4), (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75)
-ANNEALING_SWEEPS, HEAT_BATH_SWEEPS, CHAINS = 600, 40, 4
+ANNEALING_SWEEPS, HEAT_BATH_SWEEPS, BURN_IN, CHAINS = 600, 100, 300, 4
 
 
 def students(instance: int) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def students(instance: int) -> pd.DataFrame:
             width = round(multiple * best, 4)
             problem = TeacherStudent(uniform(bits, width), ALPHA, NOISE, temperature=TEMPERATURE)
             cold = anneal(drawn, problem, ANNEALING_SWEEPS, rng)
-            warm = heat_bath(drawn, problem, HEAT_BATH_SWEEPS, rng, CHAINS)
+            warm = heat_bath(drawn, problem, HEAT_BATH_SWEEPS, rng, CHAINS, BURN_IN)
             figures = (cold.gen_error, cold.energy, warm.gen_error, warm.energy)
             rows.append((instance, bits, multiple, width, *figures))
     names = ("annealed_gen_error", "annealed_energy", "gibbs_gen_error", "gibbs_energy")
@@ -54,7 +54,8 @@ def main():
     config = {
         "n": N, "alpha": ALPHA, "noise_variance": NOISE, "temperature": TEMPERATURE, "bits": BITS,
         "multiples": MULTIPLES, "annealing_sweeps": ANNEALING_SWEEPS,
-        "heat_bath_sweeps": HEAT_BATH_SWEEPS, "chains": CHAINS, "instances": INSTANCES,
+        "heat_bath_sweeps": HEAT_BATH_SWEEPS, "burn_in": BURN_IN, "chains": CHAINS,
+        "instances": INSTANCES,
     }  # fmt: skip
     seconds = time.perf_counter() - started
     command = "python book/results/optimal_width/run.py"
