@@ -57,7 +57,7 @@ class RSSolution:
     converged : bool or ndarray
         Whether the residual is below 1e-9. If not, the figures are not a solution.
     iterations : int or ndarray
-        Evaluations of the map that were made.
+        Evaluations of the map on the way to it, shared ones included.
     residual : float or ndarray
         Largest relative change of `1 + chi` and of `rho + noise_variance - 2 m + q` (plus
         1e-6 rho) in one undamped pass of the map at the point returned.
@@ -107,7 +107,9 @@ def solve_rs(
     Parameters
     ----------
     problem : TeacherStudent or sequence of TeacherStudent
-        One problem, or several.
+        One problem, or several, which are solved in `NUMBA_NUM_THREADS` threads. Those that
+        differ in temperature only share one path, so that a ladder of temperatures costs far less
+        than its rungs one by one. No solution depends on which others are asked for.
     branch : {None, "cooled", "heated"}
         "cooled": reached by lowering the temperature slowly from a high one; needs a temperature
         above 0, and is the default there. "heated": reached by raising the temperature from the

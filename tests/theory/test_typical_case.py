@@ -18,6 +18,8 @@ from qgen_lab.theory import (
 )
 from qgen_lab.theory.scalar_channel import thermal_averages
 
+PLAIN = bool(numba.config.DISABLE_JIT)  # everything is hundreds of times slower then
+FINE_BITS = 10 if PLAIN else 14
 REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())
 OBSERVABLES = [
     "overlap", "replica_overlap", "self_overlap", "susceptibility", "gen_error",
@@ -106,7 +108,7 @@ def random_problem(rng, largest_bits, coldest):
 
 def test_the_map_gives_back_the_point_at_random_problems():
     rng = np.random.default_rng(13)
-    n, largest_bits, coldest = (10, 3, -2) if numba.config.DISABLE_JIT else (200, 8, -5)
+    n, largest_bits, coldest = (10, 3, -2) if PLAIN else (200, 8, -5)
     problems = [random_problem(rng, largest_bits, coldest) for _ in range(n)]
     solution = solve_rs(problems)
     assert solution.converged.all()
@@ -161,17 +163,19 @@ def test_cooling_meets_temperature_zero(problem):
 
 def test_many_levels_over_a_wide_range_are_ridge_regression_at_zero_temperature():
     for alpha, ridge in ((2.0, 0.1), (0.5, 0.3), (1.0, 0.05)):
-        solution = solve_rs(TeacherStudent(uniform(14, 12.0), alpha, 0.1, ridge))
+        solution = solve_rs(TeacherStudent(uniform(FINE_BITS, 12.0), alpha, 0.1, ridge))
         exact = ridge_solution(alpha, 0.1, ridge)
+        spacing = 24 / (2**FINE_BITS - 1)
         for name in ("overlap", "self_overlap", "susceptibility", "gen_error", "train_error"):
-            assert getattr(solution, name) == pytest.approx(getattr(exact, name), abs=1e-6), name
+            gap = abs(getattr(solution, name) - getattr(exact, name))
+            assert gap < 0.25 * spacing**2, name
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.1])
 def test_many_levels_over_a_wide_range_are_ridge_regression_above_it(temperature):
     alpha, ridge = 2.0, 0.1
     exact = ridge_solution(alpha, 0.1, ridge)
-    solution = solve_rs(TeacherStudent(uniform(14, 12.0), alpha, 0.1, ridge, temperature))
+    solution = solve_rs(TeacherStudent(uniform(FINE_BITS, 12.0), alpha, 0.1, ridge, temperature))
     stiffness = alpha / (1 + exact.susceptibility)
     variance = temperature / (stiffness + ridge)
     assert solution.susceptibility == pytest.approx(exact.susceptibility, rel=1e-6)
@@ -215,7 +219,7 @@ def cooled_slowly(problem, steps=60):
         TeacherStudent(uniform(1, 2.0), 0.7, temperature=0.02),  # several solutions, stays
         TeacherStudent(uniform(1, 3.4), 0.92, 0.1, 0.05, 0.03),  # its branch has ended: jumps
         TeacherStudent(UNEVEN, 0.6, temperature=0.05),
-    ],
+    ][: 1 if PLAIN else 3],
 )
 def test_cooling_equals_slow_cooling(problem):
     solution = solve_rs(problem)
@@ -335,7 +339,7 @@ def test_few_samples_leave_the_two_innermost_levels():
     assert inner.replica_overlap == pytest.approx(one_bit.replica_overlap, rel=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10 if PLAIN else 40, deadline=None)
 @given(
     bits=st.integers(1, 4),
     width=st.floats(0.3, 5.0),
@@ -415,7 +419,7 @@ def test_a_solution_does_not_depend_on_its_company_or_on_threads(branch, monkeyp
         for alpha, ridge in ((0.7, 0.0), (1.2, 0.05))
         for temperature in rng.permutation([0.0, 1e-4, 1e-3, 0.02, 0.021, 0.5, 0.5, 40.0])
     ]
-    if numba.config.DISABLE_JIT:
+    if PLAIN:
         problems = problems[:8]
     alone = [solve_rs(problem, branch) for problem in problems]
     for threads in (1, 3):
