@@ -29,7 +29,6 @@ from qgen_lab.theory import (
 )
 
 SIZES = (500, 1000, 2000)
-SHORT = 50  # steps; too few to form X' X
 PROBLEM = TeacherStudent(uniform(2, 1.33), 2.0)
 LIMITS = {
     "straight_through, 2 bits": lambda: straight_through(PROBLEM),
@@ -58,15 +57,16 @@ def steps_of(instance) -> dict:
     """What is timed, by name: the call, and the number of steps it makes."""
     X, y = instance.X, instance.y
     n = X.shape[1]
+    short = n // 4  # steps; too few to form X' X
     codebook, w = PROBLEM.codebook, instance.teacher.copy()
 
     def products():
-        for _ in range(SHORT):
+        for _ in range(short):
             (X @ w - y) @ X
 
     def plain():
         latent = np.zeros(n)
-        for _ in range(SHORT):
+        for _ in range(short):
             latent -= 0.1 * ((X @ codebook.quantize(latent) - y) @ X)
 
     def descent(steps):
@@ -75,10 +75,10 @@ def steps_of(instance) -> dict:
         )
 
     return {
-        "two products": (products, SHORT),
-        "step, short run": (descent(SHORT), SHORT),
+        "two products": (products, short),
+        "step, N / 4 steps": (descent(short), short),
         "step, N steps": (descent(n), n),
-        "NumPy": (plain, SHORT),
+        "NumPy": (plain, short),
     }
 
 

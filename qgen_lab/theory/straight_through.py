@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
 from qgen_lab.codebooks import Codebook
+from qgen_lab.theory.descent import largest_stable_rate
 from qgen_lab.theory.problem import Instance, TeacherStudent, checked_number
 from qgen_lab.theory.scalar_channel import ground_averages
 
@@ -371,7 +372,8 @@ def average_weights(
     Raises
     ------
     TypeError, ValueError
-        If `latent_decay` is not a finite number, at least 0.
+        If `latent_decay` is not a finite number, at least 0; if the instance's shapes do not match
+        or it holds NaN.
 
     Notes
     -----
@@ -379,9 +381,9 @@ def average_weights(
     O'Donoghue and Candès, 2015.
     """
     decay = checked_number("latent_decay", latent_decay)
+    step = 0.49 * largest_stable_rate(instance, problem)  # just below one over the curvature
     gram, target = instance.X.T @ instance.X, instance.X.T @ instance.y
     gram[np.diag_indices_from(gram)] += problem.ridge
-    step = 1 / np.linalg.eigvalsh(gram)[-1]
     knots, values = _penalty_knots(problem.codebook, step * decay)
     v = ahead = np.zeros(target.size)
     inertia = 1.0

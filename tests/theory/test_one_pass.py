@@ -40,13 +40,11 @@ def test_reference_rows(row):
 
 def plain_squared_error(codebook, teacher, temperature):
     """The density `exp(integral of (w0 - nearest level) / temperature)` on a fine grid."""
-    inner = np.linspace(-15, 15, 300_001)
-    drift = (teacher - codebook.quantize(inner + 1e-9)) / temperature
-    step = inner[1] - inner[0]
-    height = np.concatenate([[0], np.cumsum((drift[1:] + drift[:-1]) / 2) * step])
+    u = np.linspace(-15, 15, 300_001)
+    error = teacher - codebook.levels[np.searchsorted(codebook.thresholds, u, side="right")]
+    height = (np.cumsum(error) - error / 2) * (u[1] - u[0]) / temperature
     density = np.exp(height - height.max())
-    squared = (teacher - codebook.quantize(inner + 1e-9)) ** 2
-    return density @ squared / density.sum()
+    return density @ error**2 / density.sum()
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -111,13 +109,14 @@ def test_one_bit_does_not_depend_on_the_rate():
 
 
 def test_fine_levels_give_least_mean_squares():
-    limit = one_pass(uniform(7, 8.0), 0.8, noise_variance=0.5)
-    assert limit.gen_error == pytest.approx(0.8 * 0.5 / 1.2, rel=2e-2)
+    limit = one_pass(uniform(5 if PLAIN else 7, 8.0), 0.8, noise_variance=0.5)
+    assert limit.gen_error == pytest.approx(0.8 * 0.5 / 1.2, rel=5e-2 if PLAIN else 2e-2)
 
 
 def test_a_small_rate_gives_stochastic_rounding():
-    limit = one_pass(uniform(6, 8.0), 1e-4)
-    spacing = 16 / 63
+    bits, width = (3, 4.0) if PLAIN else (6, 8.0)
+    limit = one_pass(uniform(bits, width), 1e-3 if PLAIN else 1e-4)
+    spacing = 2 * width / (2**bits - 1)
     assert limit.gen_error == pytest.approx(spacing**2 / 6, rel=1e-2)
     assert limit.rounded_gen_error == pytest.approx(spacing**2 / 12, rel=1e-2)
 
@@ -189,8 +188,8 @@ def test_the_path_ends_in_the_stationary_state(codebook):
 
 def test_a_path_begins_at_the_start_and_does_not_depend_on_the_times_asked_for():
     codebook = uniform(2, 1.5, include_zero=True)
-    end = 0.2 if PLAIN else 4.0
-    many = one_pass_path(codebook, 0.5, np.linspace(0, end, 9))
+    end = 0.01 if PLAIN else 4.0
+    many = one_pass_path(codebook, 0.5, np.linspace(0, end, 3))
     few = one_pass_path(codebook, 0.5, [end])
     assert many.gen_error[0] == pytest.approx(1.0, rel=1e-6)  # all weights are zero
     assert many.gen_error[-1] == pytest.approx(few.gen_error[0], rel=1e-3)
@@ -204,7 +203,7 @@ def test_training_follows_the_path():
     times = np.array([0.5, 2.0, 4.0, 8.0, 16.0, 30.0])
     runs, n = 8, 300
     if PLAIN:
-        times, n = times[:2], 100
+        times, n = times[:1], 50
     path = one_pass_path(codebook, 0.5, times, start_deviation=0.1)
     assert path.gen_error[0] > 0.95
     trained = np.array([
@@ -245,5 +244,5 @@ def test_arguments_are_checked():
             one_pass_path(codebook, 0.1, times)
     with pytest.raises(ValueError, match="n = 0: give a whole number of weights"):
         one_pass_descent(codebook, 0.1, [1.0], 0, seed=0)
-    with pytest.raises(ValueError, match="start_deviation = -1: give a finite number >= 0"):
+    with pytest.raises(ValueError, match=r"start_deviation = -1: give a finite number >= 0"):
         one_pass_path(codebook, 0.1, [1.0], start_deviation=-1)
