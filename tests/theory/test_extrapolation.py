@@ -1,19 +1,29 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numba
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from qgen_lab.codebooks import uniform
+from qgen_lab.codebooks import Codebook, uniform
 from qgen_lab.theory import (
     TeacherStudent,
     centred_moments,
     controlled_mean,
+    enumerate_states,
     extrapolate,
     sample,
+    solve_rs,
 )
 
 FALSE_ALARM = 1e-4
+JIT = not numba.config.DISABLE_JIT
+STORED = Path(__file__).parents[2] / "book" / "results" / "enumeration"
 
 
 @pytest.mark.parametrize("problem", [
@@ -124,3 +134,63 @@ def test_fit_and_error_are_those_of_numpy():
 def test_bad_sizes_and_errors_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         extrapolate(*arguments)
+
+
+# --- enumerated instances against replica symmetry ----------------------------------------------
+
+
+def test_small_instances_lead_to_replica_symmetry():
+    """A short version of the stored run: one bit, replicon 0.7."""
+    problem = TeacherStudent(uniform(1, 1.0), 0.5, temperature=0.3)
+    names = ["entropy", "overlap", "replica_overlap", "gen_error", "train_error"]
+    sizes, instances = ([6, 8, 10, 12], 400) if JIT else ([2, 4, 6], 60)
+    averages = []
+    for n in sizes:
+        drawn = [sample(problem, n, np.random.default_rng([n, k])) for k in range(instances)]
+        exact = [enumerate_states(each, problem) for each in drawn]
+        values = [[getattr(each, name) for name in names] for each in exact]
+        averages.append(controlled_mean(values, [centred_moments(d, problem) for d in drawn]))
+    means, errors = np.swapaxes(averages, 0, 1)
+    theory = solve_rs(problem)
+    bound = stats.norm.isf(FALSE_ALARM / 2 / len(names))
+    for k, name in enumerate(names):
+        fit = extrapolate(sizes, means[:, k], errors[:, k])
+        assert abs(fit.value - getattr(theory, name)) < bound * fit.standard_error, name
+        if JIT:
+            assert fit.standard_error < 0.2 * getattr(theory, name)
+
+
+def test_the_stored_enumeration_agrees_with_replica_symmetry():
+    """The rule of the chapter "Typical case", at its level of 1% over all limits."""
+    sizes = pd.read_csv(STORED / "sizes.csv")
+    problems = json.loads((STORED / "provenance.json").read_text())["config"]
+    assert len(problems) == 6
+    deviations = {}
+    for name, config in problems.items():
+        problem = TeacherStudent(
+            Codebook(config["levels"]), config["alpha"], config["noise_variance"], config["ridge"]
+        )
+        for temperature in config["counted_temperatures"]:
+            theory = solve_rs(replace(problem, temperature=temperature))
+            assert theory.replicon > 0.4
+            rows = sizes[(sizes.problem == name) & (sizes.temperature == temperature)]
+            for observable, group in rows.groupby("observable"):
+                assert dict(zip(group.n, group.instances, strict=True)) == {
+                    int(n): count for n, count in config["instances"].items()
+                }
+                if group.standard_error.max() < 1e-12:
+                    continue  # the norm of one-bit weights
+                fit = extrapolate(group.n, group["mean"], group.standard_error)
+                value = (
+                    theory.free_energy + temperature * theory.entropy
+                    if observable == "energy"
+                    else getattr(theory, observable)
+                )
+                deviations[name, temperature, observable] = (
+                    (fit.value - value) / fit.standard_error,
+                    stats.chi2.sf(fit.chi_squared, fit.degrees_of_freedom),
+                )
+    assert len(deviations) == 104
+    z, misfit = np.array(list(deviations.values())).T
+    assert np.abs(z).max() < stats.norm.isf(0.01 / 2 / z.size)
+    assert misfit.min() > 0.01 / z.size
