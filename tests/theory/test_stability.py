@@ -49,9 +49,10 @@ def at(problem, temperature):
 
 
 def test_known_temperatures():
-    known = np.array(KNOWN)[:, 5:]
-    ours = [at_temperature(PROBLEMS), small_temperature_law(PROBLEMS)]
-    ours.append(zero_entropy_temperature(PROBLEMS))
+    rows = slice(None, None, 5) if config.DISABLE_JIT else slice(None)
+    known, problems = np.array(KNOWN)[rows, 5:], PROBLEMS[rows]
+    ours = [at_temperature(problems), small_temperature_law(problems)]
+    ours.append(zero_entropy_temperature(problems))
     np.testing.assert_allclose(np.transpose(ours), known, atol=5.1e-9, rtol=0)  # eight decimals
 
 
@@ -141,7 +142,7 @@ def test_a_jump_over_zero_is_not_called_a_zero():
     assert jump[0]
 
 
-@settings(max_examples=8 if config.DISABLE_JIT else 25, deadline=None)
+@settings(max_examples=1 if config.DISABLE_JIT else 25, deadline=None)
 @given(
     bits=st.integers(2, 3),
     family=st.sampled_from(sorted(families)),
