@@ -44,14 +44,10 @@ from qgen_lab.theory.one_pass import (
     one_pass_path,
 )
 from qgen_lab.theory.one_step_rsb import OneStepRSBSolution, solve_1rsb
-from qgen_lab.theory.optimal_width import (
-    OptimalWidth,
-    WidthRecommendation,
-    optimal_width,
-    recommend_width,
-)
+from qgen_lab.theory.optimal_width import OptimalWidth, optimal_width
 from qgen_lab.theory.phase_diagram import Boundary, PhaseDiagram, phase_diagram
 from qgen_lab.theory.problem import Instance, TeacherStudent, sample
+from qgen_lab.theory.recommendation import WidthRecommendation, recommend_width
 from qgen_lab.theory.ridge import RidgeSolution, ridge_solution
 from qgen_lab.theory.stability import (
     at_temperature,
