@@ -1,5 +1,6 @@
 """Typical-case theory of quantized linear models: replica equations and what they predict."""
 
+from qgen_lab.theory.decimation import Decimation, decimate
 from qgen_lab.theory.descent import Descent, largest_stable_rate, straight_through_descent
 from qgen_lab.theory.discrete_least_squares import (
     coordinate_descent,
@@ -69,6 +70,7 @@ __all__ = [
     "AverageWeights",
     "Boundary",
     "Configuration",
+    "Decimation",
     "Descent",
     "Enumeration",
     "Extrapolation",
@@ -96,6 +98,7 @@ __all__ = [
     "configuration",
     "controlled_mean",
     "coordinate_descent",
+    "decimate",
     "enumerate_states",
     "extrapolate",
     "heat_bath",
