@@ -58,7 +58,7 @@ PROBLEMS = {
     "2 bits, 3, alpha 4": TeacherStudent(uniform(2, 3.0), 4.0),
     "2 bits, 1.33, alpha 0.4": TeacherStudent(uniform(2, 1.33), 0.4),
 }
-RATES = {"gradient": (0.02, 0.1, 0.5, 0.9, 1.35), "momentum 0.9": (0.01,), "adam": (0.001,)}
+RATES = {"gradient": (0.02, 0.1, 0.5, 0.9, 1.35), "momentum 0.9": (0.01,), "adam": (0.001, 0.01)}
 
 ONE_PASS = [
     (name, codebook, rate)
@@ -144,7 +144,7 @@ def variants() -> pd.DataFrame:
                     bound = largest_stable_rate(instance, problem, momentum=kept)
                     rate = relative if variant == "adam" else relative * bound
                     steps = 3000
-                    start = np.random.default_rng(seed).standard_normal((2, N))
+                    start = np.random.default_rng([seed, 1]).standard_normal((2, N))
                     run = straight_through_descent(
                         instance, problem, schedules.constant(rate, steps), start=start,
                         record_at=np.arange(steps // 2, steps + 1, 10), seed=seed,
