@@ -30,7 +30,7 @@ from qgen_lab.theory import (
 )
 
 HERE = Path(__file__).parent
-N, BEFORE, SEEDS = 400, 4000, range(8)
+N, BEFORE, SEEDS = 400, 4000, range(16)
 CASES = {
     "isotropic": (TeacherStudent(uniform(2, 1.5), 1.5, 0.1, ridge=0.05), 0.0),
     "correlated": (TeacherStudent(uniform(2, 1.5), 2.0, 0.1, ridge=0.1), 1.5),
@@ -71,7 +71,7 @@ def run_instance(case: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     problem, exponent = CASES[case]
     instance = sample(problem, N, seed, covariance_exponent=exponent)
     rate = largest_stable_rate(instance, problem) / 2
-    starts = np.stack([np.zeros(N), np.random.default_rng(seed).standard_normal(N)])
+    starts = np.stack([np.zeros(N), np.random.default_rng([seed, 1]).standard_normal(N)])
     begin = straight_through_descent(
         instance, problem, schedules.constant(rate, BEFORE), start=starts
     ).latent
