@@ -48,7 +48,7 @@ from qgen_lab.theory.one_step_rsb import OneStepRSBSolution, solve_1rsb
 from qgen_lab.theory.optimal_width import OptimalWidth, optimal_width
 from qgen_lab.theory.phase_diagram import Boundary, PhaseDiagram, phase_diagram
 from qgen_lab.theory.problem import Instance, TeacherStudent, sample
-from qgen_lab.theory.recommendation import WidthRecommendation, recommend_width
+from qgen_lab.theory.recommendation import WidthRecommendation, deployments, recommend_width
 from qgen_lab.theory.ridge import RidgeSolution, ridge_solution
 from qgen_lab.theory.stability import (
     at_temperature,
@@ -99,6 +99,7 @@ __all__ = [
     "controlled_mean",
     "coordinate_descent",
     "decimate",
+    "deployments",
     "enumerate_states",
     "extrapolate",
     "heat_bath",

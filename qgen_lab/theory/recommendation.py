@@ -29,11 +29,59 @@ from qgen_lab.theory.problem import TeacherStudent, checked_number
 from qgen_lab.theory.ridge import ridge_solution
 from qgen_lab.theory.scalar_channel import ground_averages
 from qgen_lab.theory.stability import at_temperature, zero_entropy_temperature
+from qgen_lab.theory.straight_through import straight_through
 from qgen_lab.theory.typical_case import solve_rs
 
-# What is put to use, by name: functions of problems to the generalization errors of it.
-deployments: dict[str, Callable[[Sequence[TeacherStudent]], NDArray[np.float64]]] = {
-    "ground state": gibbs_errors,
+
+class Deployment(NamedTuple):
+    """Weights that are put to use.
+
+    Attributes
+    ----------
+    errors : callable
+        Function of a sequence of problems to their generalization errors, NaN where there is no
+        prediction.
+    gap : str
+        Why there may be none.
+    """
+
+    errors: Callable[[Sequence[TeacherStudent]], NDArray[np.float64]]
+    gap: str = "the equations were not solved"
+
+
+def _straight_through_errors(
+    problems: Sequence[TeacherStudent], observable: str
+) -> NDArray[np.float64]:
+    limit = straight_through(problems)
+    return np.where(limit.converged, getattr(limit, observable), np.nan)
+
+
+def _rounded_ridge_errors(problems: Sequence[TeacherStudent]) -> NDArray[np.float64]:
+    """Errors of ridge regression, with the problem's ridge, rounded to the nearest levels.
+
+    The teacher's weight and the ridge solution's are jointly Gaussian.
+    """
+    errors = []
+    for each in problems:
+        rho = each.signal_variance
+        trained = ridge_solution(each.alpha, each.noise_variance, each.ridge, rho)
+        slope, mean_square = ground_averages(each.codebook, 1.0, trained.self_overlap)
+        errors.append(rho - 2 * trained.overlap * slope + mean_square)
+    return np.array(errors)
+
+
+_NOT_UNIQUE = "below the box's interpolation threshold the average is not unique"
+
+# What can be put to use, by name.
+deployments: dict[str, Deployment] = {
+    "ground state": Deployment(gibbs_errors),
+    "last iterate": Deployment(
+        partial(_straight_through_errors, observable="iterate_gen_error"), _NOT_UNIQUE
+    ),
+    "rounded average": Deployment(
+        partial(_straight_through_errors, observable="rounded_gen_error"), _NOT_UNIQUE
+    ),
+    "rounded ridge": Deployment(_rounded_ridge_errors),
 }
 
 _OFF = 0.1  # relative: how far replica symmetry may be off before that is said
@@ -49,7 +97,7 @@ class WidthRecommendation:
 
     Attributes
     ----------
-    bits : int or ndarray
+    bits, deployed : int and str, or ndarray
         As asked for.
     width, step_size : float or ndarray
         Half range of least predicted error, and distance of neighbouring levels there (NaN if they
@@ -78,6 +126,7 @@ class WidthRecommendation:
     """
 
     bits: int
+    deployed: str
     width: float
     step_size: float
     band_lower: float
@@ -114,9 +163,10 @@ class WidthRecommendation:
         if np.ndim(self.width):
             return f"WidthRecommendation({len(self.bits)} rows, {self.trusted.sum()} trusted)"
         return (
-            f"WidthRecommendation(bits={self.bits}, width={self.width:.4g}"
-            f" ({self.band_lower:.4g} to {self.band_upper:.4g}), step_size={self.step_size:.4g},"
-            f" gen_error={self.gen_error:.4g}, trusted={self.trusted})"
+            f"WidthRecommendation(bits={self.bits}, deployed={self.deployed!r},"
+            f" width={self.width:.4g} ({self.band_lower:.4g} to {self.band_upper:.4g}),"
+            f" step_size={self.step_size:.4g}, gen_error={self.gen_error:.4g},"
+            f" trusted={self.trusted})"
         )
 
 
@@ -158,7 +208,10 @@ def recommend_width(
     codebook : callable or str
         The family of codebooks, as in `optimal_width`; levels are taken to scale with the width.
     deployed : str
-        What is put to use, a name in `deployments`. "ground state": the best fit on the codebook.
+        What is put to use, a name in `deployments`: "ground state", the best fit on the codebook;
+        "last iterate", the end of straight-through training at a rate that stays constant;
+        "rounded average", the average of its weights over time, rounded to the nearest levels;
+        "rounded ridge", the full-precision weights at hand, rounded to the nearest levels.
     tolerance : float
         The error may be larger by this share within the band.
 
@@ -176,11 +229,15 @@ def recommend_width(
 
     Notes
     -----
-    At temperature 0 replica symmetry is unstable for every codebook. Down to a temperature that
-    shrinks with the levels' spacing it is sound, and the error there (`gen_error_at_freezing`) is
-    the better guess for a ground state; a caveat says where the two differ by more than a tenth.
-    The theory has nothing to say on correlated inputs, and for the last iterate of training or
-    rounded full-precision weights other widths are best.
+    "ground state": at temperature 0 replica symmetry is unstable for every codebook. Down to a
+    temperature that shrinks with the levels' spacing it is sound, and the error there
+    (`gen_error_at_freezing`) is the better guess; a caveat says where the two differ by more than a
+    tenth. "last iterate" and "rounded average": small steps along the full gradient, with the
+    same penalty on the quantized weights, see `straight_through`; an iterate after a cooldown of
+    the rate has no closed form. "rounded ridge" is exact; with the ridge tuned to the noise,
+    `ridge = noise_variance`, no weights on the codebook are expected to be better.
+
+    The theory has nothing to say on correlated inputs.
     """
     if deployed not in deployments:
         raise ValueError(f"deployed = {deployed!r}: give one of {sorted(deployments)}")
@@ -246,7 +303,7 @@ def _recommend(
     unit = layer.std / np.sqrt(full_precision.self_overlap)
 
     def errors(widths: NDArray) -> NDArray:
-        return deployments[deployed](at_widths(problem, family, bits, widths))
+        return deployments[deployed].errors(at_widths(problem, family, bits, widths))
 
     best = least_over_widths(errors, search_range(problem), tolerance)
     usual = {
@@ -256,14 +313,16 @@ def _recommend(
     }
     usual_errors = errors(np.array(list(usual.values())) / unit)
     chosen = replace(problem, codebook=family(bits, best.width))
-    frozen = _error_at_freezing(chosen) if deployed == "ground state" else np.nan
-    caveats = _caveats(best, tolerance)
+    caveats = layer.caveats + _caveats(best, deployments[deployed].gap, tolerance)
+    frozen = np.nan
     if deployed == "ground state":
+        frozen = _error_at_freezing(chosen)
         caveats += _caveats_of_replica_symmetry(best.gen_error, frozen)
     spacing = chosen.codebook.spacing
     even = np.ptp(spacing) < 1e-9 * spacing.max()
     return WidthRecommendation(
         bits=check_bits(bits),
+        deployed=deployed,
         width=best.width * unit,
         step_size=float(spacing[0] * unit) if even else np.nan,
         band_lower=best.band[0] * unit,
@@ -275,15 +334,15 @@ def _recommend(
         full_precision_gen_error=full_precision.gen_error,
         **{f"{name}_width": float(width) for name, width in usual.items()},
         **{f"{name}_gen_error": float(e) for name, e in zip(usual, usual_errors, strict=True)},
-        caveats=layer.caveats + tuple(caveats),
+        caveats=caveats,
     )
 
 
-def _caveats(best: LeastError, tolerance: float) -> list[str]:
+def _caveats(best: LeastError, gap: str, tolerance: float) -> tuple[str, ...]:
     """What the minimum itself says against its figures."""
     said = []
     if not best.converged:
-        said.append("some widths have no solution")
+        said.append(f"some widths are left out: {gap}")
     if best.at_edge:
         said.append(f"the error is least at an end of the range searched, {best.searched}")
     if best.gen_error > 1 - _OFF:
@@ -295,21 +354,21 @@ def _caveats(best: LeastError, tolerance: float) -> list[str]:
                 f"another width, {width / best.width:.2g} times this one, is as good within"
                 f" {tolerance:.0%}"
             )
-    return said
+    return tuple(said)
 
 
-def _caveats_of_replica_symmetry(error: float, frozen: float) -> list[str]:
+def _caveats_of_replica_symmetry(error: float, frozen: float) -> tuple[str, ...]:
     if np.isnan(frozen):
-        return [
+        return (
             "below the interpolation threshold: the answer is that of a vanishing ridge, and"
-            " replica symmetry is far off"
-        ]
+            " replica symmetry is far off",
+        )
     if abs(error / frozen - 1) < _OFF:
-        return []
-    return [
+        return ()
+    return (
         f"replica symmetry is unstable here: {frozen:.3g} where it last holds, against"
-        f" {error:.3g} at temperature 0"
-    ]
+        f" {error:.3g} at temperature 0",
+    )
 
 
 def _error_at_freezing(problem: TeacherStudent) -> float:
