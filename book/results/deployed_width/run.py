@@ -30,19 +30,16 @@ HERE = Path(__file__).parent
 N, INSTANCES, SEED = 200, 24, 20261121  # as in ../optimal_width/run.py: the same instances
 BITS, ALPHA, NOISE = 2, 2.0, 0.1
 WIDTHS = (0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.1, 2.4)
-SHARES, STEPS = (
-    (0.5, 0.1, 0.02),
-    (1000, 1000, 6000),
-)  # of the largest stable rate, one after another
+# Rates in units of the largest stable one, each for a number of steps.
+PHASES = ((0.5, 1000), (0.1, 1000), (0.02, 6000))
 
 
 def deployed(drawn: Instance, width: float) -> dict[str, float]:
     """Errors of one instance at one width."""
     problem = TeacherStudent(uniform(BITS, width), ALPHA, NOISE)
     bound = largest_stable_rate(drawn, problem)
-    rates = np.concatenate([schedules.constant(share * bound, steps) for share, steps in
-                            zip(SHARES, STEPS, strict=True)])  # fmt: skip
-    begin = rates.size - STEPS[-1] // 2
+    rates = np.concatenate([schedules.constant(rate * bound, steps) for rate, steps in PHASES])
+    begin = rates.size - PHASES[-1][1] // 2
     run = straight_through_descent(
         drawn, problem, rates, record_at=np.arange(begin, rates.size + 1, 5), average_from=begin
     )
@@ -64,7 +61,7 @@ def main():
     pd.DataFrame(rows).to_csv(HERE / "errors.csv", index=False, float_format="%.6g")
     config = {
         "n": N, "instances": INSTANCES, "bits": BITS, "alpha": ALPHA, "noise_variance": NOISE,
-        "widths": WIDTHS, "shares_of_the_largest_stable_rate": SHARES, "steps": STEPS,
+        "widths": WIDTHS, "phases": PHASES,
     }  # fmt: skip
     command = "OMP_NUM_THREADS=1 python book/results/deployed_width/run.py"
     seconds = time.perf_counter() - started
