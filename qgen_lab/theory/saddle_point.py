@@ -557,7 +557,9 @@ def cooled(model, temperatures, hot, stiffness, noise, limit):
         left, start = np.array([limit]), max(temperatures[k], hot)
         point = _point(model, stiffness[k], noise[k])
         if temperatures[k] >= hot or not track.alive:
-            point = flow(model, point, start, left)
+            point, found = newton(model, point, start, left)
+            if not found:
+                point = flow(model, point, start, left)
         if temperatures[k] < hot:
             if not track.alive:
                 track = Track(point, track.velocity, track.temperature, track.step, True)

@@ -22,6 +22,7 @@ from qgen_lab.theory.saddle_point import Model, SaddlePoint, cooled, ground_stat
 from qgen_lab.theory.scalar_channel import ground_averages
 
 _TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
+_TASK = 16  # ladders that a thread takes at once
 
 
 @dataclass(frozen=True)
@@ -160,18 +161,20 @@ def _solve(
     branches = ["ground" if p.temperature == 0 else branch or "cooled" for p in problems]
     points = np.empty((len(problems), len(SaddlePoint._fields)))
 
-    def solve_ladder(members: list[int]) -> None:
-        ladder = [problems[k] for k in members]
-        points[members] = _saddle_points(ladder, branches[members[0]], max_iterations)
+    def solve_ladders(ladders: list[list[int]]) -> None:
+        for members in ladders:
+            ladder = [problems[k] for k in members]
+            points[members] = _saddle_points(ladder, branches[members[0]], max_iterations)
 
     ladders = _ladders(problems, branches)
     threads = min(config.NUMBA_NUM_THREADS, len(ladders))
     if threads > 1:
+        # Every few are one task: small enough to share out evenly, large enough to cost nothing.
+        tasks = [ladders[k : k + _TASK] for k in range(0, len(ladders), _TASK)]
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(solve_ladder, ladders))
+            list(pool.map(solve_ladders, tasks))
     else:
-        for members in ladders:
-            solve_ladder(members)
+        solve_ladders(ladders)
     return _observables(problems, SaddlePoint(*points.T)) | {"branch": np.array(branches)}
 
 
