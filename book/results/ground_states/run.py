@@ -49,12 +49,23 @@ EASY = [  # weights, instances, sweeps, restarts in each half
     (40, 200, 1000, 16),
     (60, 120, 1000, 32),
 ]
-HARD = [*EASY[:2], (30, 300, 500, 32), (40, 200, 1000, 64), (60, 80, 1000, 96)]
-HARDEST = [(5, 600, 300, 32), (10, 100, 4000, 32), (15, 60, 4000, 32), (20, 40, 4000, 64)]
-ANNEALED = {"A": EASY, "B": HARD, "C": EASY, "D": EASY, "E": HARDEST}
-LARGE = [(400, 24, 1000), (400, 24, 20_000)]  # weights, instances, sweeps
-TEMPERED = "A", "C"
-SIZES = [(32, 24, 4000), (64, 24, 6000), (128, 24, 8000)]  # weights, instances, measured sweeps
+HARD = [*EASY[:3], (40, 120, 1000, 64)]
+HARDEST = [(5, 300, 300, 32), (10, 100, 4000, 32), (15, 40, 4000, 32)]
+LARGE = [(400, 24, 1000, 1), (400, 24, 20_000, 1)]
+ANNEALED = {
+    "A": [*EASY, *LARGE],
+    "B": [*HARD, *LARGE],
+    "C": EASY[:4],
+    "D": [*EASY[:4], *LARGE],
+    "E": HARDEST,
+}
+TEMPERED = [  # problem, weights, instances, measured sweeps
+    ("A", 32, 24, 4000),
+    ("C", 32, 24, 4000),
+    ("A", 64, 24, 6000),
+    ("C", 64, 24, 6000),
+    ("A", 128, 24, 8000),
+]
 LADDER = np.geomspace(0.25, 3, 12)  # in units of the stability temperature
 BINS = (np.arange(-16, 18) - 0.501) / 16  # of the overlap over the width squared
 NAMES = ("energy", "gen_error", "train_error", "self_overlap")
@@ -136,7 +147,7 @@ def known(table: str, *columns: str) -> set:
 def anneal_all() -> None:
     """Fill `annealed.csv`."""
     for name, sizes in ANNEALED.items():
-        for n, count, sweeps, restarts in [*[(*job, 1) for job in LARGE], *sizes]:
+        for n, count, sweeps, restarts in sizes:
             if (name, n, sweeps) in known("annealed.csv", "problem", "n", "sweeps"):
                 continue
             start = time.process_time()
@@ -147,16 +158,15 @@ def anneal_all() -> None:
 
 def temper_all() -> None:
     """Fill `overlaps.csv` and `histograms.csv`."""
-    for n, count, sweeps in SIZES:
-        for name in TEMPERED:
-            if (name, n) in known("overlaps.csv", "problem", "n"):
-                continue
-            start = time.process_time()
-            moments, shapes = overlaps(name, n, count, sweeps)
-            seconds = {"seconds": round(time.process_time() - start, 1)}
-            append([row | seconds for row in moments], "overlaps.csv")
-            append(shapes, "histograms.csv")
-            print(name, n, flush=True)
+    for name, n, count, sweeps in TEMPERED:
+        if (name, n) in known("overlaps.csv", "problem", "n"):
+            continue
+        start = time.process_time()
+        moments, shapes = overlaps(name, n, count, sweeps)
+        seconds = {"seconds": round(time.process_time() - start, 1)}
+        append([row | seconds for row in moments], "overlaps.csv")
+        append(shapes, "histograms.csv")
+        print(name, n, flush=True)
 
 
 def main() -> None:
@@ -170,8 +180,8 @@ def main() -> None:
             name: dict(zip(("bits", "width", "alpha"), each, strict=True))
             for name, each in PROBLEMS.items()
         },
-        "noise_variance": 0.1, "ridge": 0.0, "annealed": ANNEALED, "large": LARGE,
-        "tempered": list(TEMPERED), "sizes": SIZES, "ladder": LADDER.tolist(),
+        "noise_variance": 0.1, "ridge": 0.0, "annealed": ANNEALED,
+        "tempered": TEMPERED, "ladder": LADDER.tolist(),
         "replicas": 4, "bins": BINS.tolist(),
     }  # fmt: skip
     record = provenance("python book/results/ground_states/run.py", config, [SEED], seconds)
