@@ -26,7 +26,7 @@ from qgen_lab.theory.problem import Instance, TeacherStudent, checked_number
 from qgen_lab.theory.scalar_channel import ground_averages
 
 _TOLERANCE = 1e-9  # on the residual
-_FLOOR = 1e-6  # in units of the teacher's variance: what counts as no noise at all
+_FLOOR = 1e-5  # in units of the teacher's variance: rounding errors over it pass the tolerance
 _SOFT = 1e100  # penalty over stiffness in the limit of a vanishing stiffness
 
 

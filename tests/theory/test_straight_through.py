@@ -199,6 +199,12 @@ codebooks = st.lists(st.integers(-40, 40), min_size=2, max_size=9, unique=True).
 )
 
 
+def test_no_noise_and_a_wide_box_is_solved_to_rounding():
+    limit = straight_through(TeacherStudent(uniform(1, 8.25), 1.2, 0.0))
+    assert limit.converged
+    assert limit.average_gen_error == pytest.approx(0, abs=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     codebooks,
