@@ -12,7 +12,7 @@ lines. The iterates are a stochastic rounding of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import erfc, exp, pi, sqrt
+from math import erfc, exp, log, pi, sqrt
 
 import numba
 import numpy as np
@@ -27,6 +27,7 @@ from qgen_lab.theory.scalar_channel import ground_averages
 
 _TOLERANCE = 1e-9  # on the residual
 _FLOOR = 1e-5  # in units of the teacher's variance: rounding errors over it pass the tolerance
+_TINY = 1e-300  # a stiffness that is as good as none
 _SOFT = 1e100  # penalty over stiffness in the limit of a vanishing stiffness
 
 
@@ -234,16 +235,18 @@ class _Equations:
         if ridge == self.decay == 0:
             return alpha - self.averages(alpha, noise)[0]
 
-        def excess(stiffness: float) -> float:
+        def excess(log_stiffness: float) -> float:
+            stiffness = exp(log_stiffness)
             return stiffness + self.averages(stiffness, noise)[0] - alpha
 
         # The slope is at most a / (a + ridge).
-        lower = alpha * ridge / (1 + ridge) if ridge > 0 else alpha / 2
+        lower = log(max(alpha * ridge / (1 + ridge), _TINY)) if ridge > 0 else log(alpha / 2)
         while ridge == 0 and excess(lower) > 0:
-            lower /= 2
+            lower -= log(2.0)
         if excess(lower) >= 0:
-            return lower
-        return brentq(excess, lower, alpha, xtol=1e-300, rtol=1e-14)
+            return exp(lower)
+        upper = log(alpha) + 1e-12  # above the root also after rounding
+        return exp(brentq(excess, lower, upper, xtol=1e-15, rtol=1e-15))
 
     def imbalance(self, noise: float) -> float:
         """Noise that the weights' errors make, less the noise that is there."""

@@ -205,6 +205,14 @@ def test_no_noise_and_a_wide_box_is_solved_to_rounding():
     assert limit.average_gen_error == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("ridge", [1e-12, 1e-100, 2e-275, 5e-324])
+def test_a_ridge_however_small_is_solved_and_has_a_limit(ridge):
+    limit = straight_through(TeacherStudent(uniform(1, 1.0), 0.25, 1.0, ridge))
+    assert limit.converged
+    small = straight_through(TeacherStudent(uniform(1, 1.0), 0.25, 1.0, 1e-9))
+    assert limit.average_gen_error == pytest.approx(small.average_gen_error, rel=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     codebooks,
