@@ -12,6 +12,7 @@ scatters around the common one, with standard deviation `scatter / stiffness`.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from math import erf, erfc, exp, inf, log, pi, sqrt
 
@@ -28,6 +29,7 @@ from qgen_lab.theory.quadrature import gaussian_rule
 _TOLERANCE = 1e-9  # on the residual; the iterations go on to rounding where they can
 _FROZEN = 1e-6  # a susceptibility below this changes nothing any more
 _DIVERGED = log(1e10)  # a susceptibility above this is infinite
+_LOG_HUGE = 690.0  # exp of it is still finite
 _NEGLIGIBLE = 45.0  # a level whose weight is exp(-45) of the largest is left out
 
 
@@ -314,9 +316,14 @@ class _Equations:
         upper = log(25 / (problem.alpha * np.median(problem.codebook.spacing) ** 2))
         while complexity(upper) > 0:
             upper += octave
+            if upper > _LOG_HUGE:
+                return False
         while complexity(upper - octave) <= 0:  # coming down: the root of small susceptibility
             upper -= octave
-        return self.solve(exp(brentq(complexity, upper - octave, upper, xtol=1e-13)))
+        # Where another root took over on the way back, the complexity that is left says so.
+        with suppress(ValueError):
+            upper = brentq(complexity, upper - octave, upper, xtol=1e-13)
+        return self.solve(exp(upper))
 
 
 def _solve(problem: TeacherStudent, y: float | None, limit: int) -> OneStepRSBSolution:

@@ -327,3 +327,15 @@ def test_bad_arguments_are_named():
         solve_1rsb([problem, 3])
     with pytest.raises(ValueError, match="y has 3 entries for 2 problems"):
         solve_1rsb([problem, problem], [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("levels", "alpha", "noise_variance", "ridge"),
+    [
+        ([-2.3, 2.7, 3.9], 0.10525100075828744, 0.4217118960595563, 1.928302684901582e-09),
+        ([-3.3, -3.2, -0.6, -0.5], 0.13507950107869204, 1.0953167914642847, 3.3e-191),
+    ],
+)
+def test_a_search_that_loses_its_root_ends_and_says_so(levels, alpha, noise_variance, ridge):
+    solution = solve_1rsb(TeacherStudent(Codebook(levels), alpha, noise_variance, ridge))
+    assert not solution.converged or abs(solution.complexity) < 1e-9
