@@ -3,7 +3,7 @@
     python book/results/ground_states/run.py
 
 `annealed.csv`: the lowest energy found, and its errors, averaged over instances with the control
-variates of `centred_moments`. Up to 60 weights two independent halves of the restarts are compared:
+variates of `centred_moments` and `centred_rounding`. Up to 60 weights two independent halves of the restarts are compared:
 where both end at the same energy, it is very likely the lowest. If a half finds the ground state
 with probability p, the halves agree with p^2, and both miss it with (1 - p)^2; the restarts were
 settled by that. Large instances get one run.
@@ -20,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from qgen_lab.codebooks import uniform
 from qgen_lab.experiments.provenance import provenance, write_json
 from qgen_lab.theory import (
+    Instance,
     TeacherStudent,
     anneal,
     at_temperature,
@@ -43,14 +45,14 @@ PROBLEMS = {  # bits, width, samples per weight; label noise 0.1, no ridge
     "E": (3, 2.0, 0.8),
 }
 EASY = [  # weights, instances, sweeps, restarts in each half
-    (10, 600, 300, 8),
-    (20, 400, 300, 16),
-    (30, 300, 500, 16),
-    (40, 200, 1000, 16),
-    (60, 120, 1000, 32),
+    (10, 6000, 300, 8),
+    (20, 4000, 300, 16),
+    (30, 3000, 500, 16),
+    (40, 2000, 1000, 16),
+    (60, 800, 1000, 32),
 ]
-HARD = [*EASY[:3], (40, 120, 1000, 64)]
-HARDEST = [(5, 300, 300, 32), (10, 100, 4000, 32), (15, 40, 4000, 32)]
+HARD = [*EASY[:3], (40, 1200, 1000, 64)]
+HARDEST = [(5, 3000, 300, 32), (8, 1500, 1000, 32), (10, 1000, 4000, 32), (12, 500, 4000, 32)]
 LARGE = [(400, 24, 1000, 1), (400, 24, 20_000, 1)]
 ANNEALED = {
     "A": [*EASY, *LARGE],
@@ -77,6 +79,24 @@ def problem_of(name: str) -> TeacherStudent:
     return TeacherStudent(uniform(bits, width), alpha)
 
 
+def centred_rounding(drawn: Instance, problem: TeacherStudent) -> list[float]:
+    """Three more numbers of known mean: what rounding the teacher costs in its own units and in
+    the outputs, and where there are more samples than weights what least squares leaves."""
+    alpha, noise_variance, codebook = problem.alpha, problem.noise_variance, problem.codebook
+    x = np.linspace(-9, 9, 200_001)
+    mean_cost = np.trapezoid(norm.pdf(x) * (x - codebook.quantize(x)) ** 2, x)
+    rounded = codebook.quantize(drawn.teacher)
+    in_outputs = np.mean((drawn.y - drawn.X @ rounded) ** 2)
+    controls = [
+        np.mean((rounded - drawn.teacher) ** 2) - mean_cost,
+        in_outputs - mean_cost - noise_variance,
+    ]
+    if alpha > 1:
+        left = drawn.y - drawn.X @ np.linalg.lstsq(drawn.X, drawn.y)[0]
+        controls.append(left @ left / len(drawn.teacher) - noise_variance * (alpha - 1))
+    return controls
+
+
 def annealed(name: str, n: int, count: int, sweeps: int, restarts: int) -> dict:
     """Averages over instances of the best weights found."""
     problem, values, controls, agreed = problem_of(name), [], [], 0
@@ -87,7 +107,7 @@ def annealed(name: str, n: int, count: int, sweeps: int, restarts: int) -> dict:
         best = min(halves, key=lambda found: found.energy)
         agreed += np.ptp([found.energy for found in halves]) < 1e-9
         values.append([getattr(best, observable) for observable in NAMES])
-        controls.append(centred_moments(drawn, problem))
+        controls.append([*centred_moments(drawn, problem), *centred_rounding(drawn, problem)])
     mean, error = controlled_mean(values, controls)
     row = {"problem": name, "n": n, "instances": count, "sweeps": sweeps, "restarts": restarts}
     for k, observable in enumerate(NAMES):
