@@ -3,10 +3,10 @@
     python book/results/ground_states/run.py
 
 `annealed.csv`: the lowest energy found, and its errors, averaged over instances with the control
-variates of `centred_moments` and `centred_rounding`. Up to 60 weights two independent halves of the restarts are compared:
-where both end at the same energy, it is very likely the lowest. If a half finds the ground state
-with probability p, the halves agree with p^2, and both miss it with (1 - p)^2; the restarts were
-settled by that. Large instances get one run.
+variates of `centred_moments` and `centred_rounding`. Up to 60 weights two independent halves of the
+restarts are compared: where both end at the same energy, it is very likely the lowest. If a half
+finds the ground state with probability p, the halves agree with p^2, and both miss it with
+(1 - p)^2; the restarts were settled by that. Large instances get one run.
 
 `overlaps.csv`, `histograms.csv`: overlaps of four replicas that never meet, at temperatures above
 and below the one where replica symmetry becomes unstable. The replicas start anywhere; the mean
@@ -52,7 +52,7 @@ EASY = [  # weights, instances, sweeps, restarts in each half
     (60, 800, 1000, 32),
 ]
 HARD = [*EASY[:3], (40, 1200, 1000, 64)]
-HARDEST = [(5, 3000, 300, 32), (8, 1500, 1000, 32), (10, 1000, 4000, 32), (12, 500, 4000, 32)]
+HARDEST = [(5, 3000, 300, 32), (10, 1000, 4000, 32), (15, 300, 8000, 48)]
 LARGE = [(400, 24, 1000, 1), (400, 24, 20_000, 1)]
 ANNEALED = {
     "A": [*EASY, *LARGE],
@@ -80,8 +80,11 @@ def problem_of(name: str) -> TeacherStudent:
 
 
 def centred_rounding(drawn: Instance, problem: TeacherStudent) -> list[float]:
-    """Three more numbers of known mean: what rounding the teacher costs in its own units and in
-    the outputs, and where there are more samples than weights what least squares leaves."""
+    """Three more control variates.
+
+    What rounding the teacher costs, in its own units and in the outputs, and where there are more
+    samples than weights what least squares leaves.
+    """
     alpha, noise_variance, codebook = problem.alpha, problem.noise_variance, problem.codebook
     x = np.linspace(-9, 9, 200_001)
     mean_cost = np.trapezoid(norm.pdf(x) * (x - codebook.quantize(x)) ** 2, x)
