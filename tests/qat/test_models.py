@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from qgen_lab.qat.models import MODELS, build_model, mlp, nin
+from qgen_lab._torchvision import torchvision
+from qgen_lab.qat.models import MODELS, build_model, mlp, nin, resnet18, resnet50
 
 
 def convolutions(model):
@@ -104,3 +105,30 @@ def test_sizes_must_be_positive_integers(size):
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"gelu.*got 'swish'"):
         mlp(4, [2], 2, activation="swish")
+
+
+@pytest.mark.parametrize("build", [resnet18, resnet50])
+def test_resnet_is_torchvisions_behind_another_stem(build):
+    # With torchvision's width, weights and stem it is torchvision's network.
+    model, theirs = (
+        build(base_width=64, seed=1),
+        getattr(torchvision.models, build.__name__)(num_classes=10),
+    )
+    theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool = nn.Identity()
+    theirs.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model.eval()(images), theirs.eval()(images))
+
+
+def test_thin_resnet_has_the_given_widths():
+    model = resnet18(num_classes=7, in_channels=1, base_width=4)
+    assert [model.get_submodule(f"layer{k}")[1].conv2.out_channels for k in (1, 2, 3, 4)] == [
+        4,
+        8,
+        16,
+        32,
+    ]
+    features = model[:-3](torch.zeros(1, 1, 32, 32))
+    assert features.shape == (1, 32, 4, 4)
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)

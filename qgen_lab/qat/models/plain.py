@@ -1,6 +1,6 @@
-"""Networks by name, small enough to train many of them."""
+"""Network in network and fully connected networks, small enough to train many of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from numbers import Integral
@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import nn
 
-__all__ = ["MODELS", "build_model", "mlp", "nin"]
+__all__ = ["mlp", "nin", "require_positive", "seeded"]
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def nin(
     Lin, Chen and Yan, "Network in network" (2014); Dziugaite et al., "In search of robust measures
     of generalization" (2020), for this layout.
     """
-    _require_positive(
+    require_positive(
         depth=depth,
         width_multiplier=width_multiplier,
         num_classes=num_classes,
@@ -136,8 +136,8 @@ def mlp(
     ValueError
         If a size is not a positive integer, or the activation is unknown.
     """
-    _require_positive(features=features, outputs=outputs)
-    _require_positive(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+    require_positive(features=features, outputs=outputs)
+    require_positive(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
     layers: list[nn.Module] = [nn.Flatten()]
@@ -148,39 +148,8 @@ def mlp(
     return nn.Sequential(*layers)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"nin": nin, "mlp": mlp}
-"""Model builders by name. Add one's own here and `build_model` finds it."""
-
-
-def build_model(name: str, **kwargs) -> nn.Module:
-    """Build a model by its name in `MODELS`.
-
-    Parameters
-    ----------
-    name : str
-        ``"nin"`` or ``"mlp"``, or a name added to `MODELS`.
-    **kwargs
-        Arguments of the builder.
-
-    Returns
-    -------
-    torch.nn.Module
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown; the message lists those that are known.
-
-    Examples
-    --------
-    >>> model = build_model("nin", depth=2, width_multiplier=8, in_channels=1, base_width=1)
-    """
-    if name not in MODELS:
-        raise ValueError(f"no model is named {name!r}; known: {sorted(MODELS)}")
-    return MODELS[name](**kwargs)
-
-
-def _require_positive(**sizes: int) -> None:
+def require_positive(**sizes: int) -> None:
+    """Raise ValueError unless each size is a positive integer."""
     for name, size in sizes.items():
         if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
