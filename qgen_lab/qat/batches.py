@@ -60,11 +60,13 @@ class Source:
         """All targets, where they lie in one tensor."""
         return self.data.targets if isinstance(self.data, Dataset | TensorPair) else None
 
-    def steps(self, batch_size: int) -> int | None:
-        """Batches per pass, where known."""
-        if self.targets is not None:
-            return math.ceil(len(self.targets) / batch_size)
-        return len(self.data) if hasattr(self.data, "__len__") else None
+    def steps(self, recipe: Recipe) -> int | None:
+        """Batches of a training epoch, where known."""
+        if self.targets is None:
+            return len(self.data) if hasattr(self.data, "__len__") else None
+        size, batch_size = len(self.targets), recipe.batch_size
+        skipped = size % batch_size == 1 < min(size, batch_size) and self.has_batch_norm
+        return math.ceil(size / batch_size) - skipped
 
     def batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         """The clean pass."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qgen_lab.data import augmentations
+from qgen_lab.qat.schedules import SCHEDULES, Cooldown
 
 __all__ = ["Recipe", "recipes"]
 
@@ -19,14 +20,11 @@ OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], torch.optim.Optimizer]] =
     "adam": lambda groups, recipe: torch.optim.Adam(
         groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), fused=True
     ),
+    "adamw": lambda groups, recipe: torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), fused=True
+    ),
     "rmsprop": lambda groups, recipe: torch.optim.RMSprop(
         groups, lr=recipe.learning_rate, momentum=recipe.momentum
-    ),
-}
-SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, "Recipe"], Any]] = {
-    "constant": lambda optimizer, recipe: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
-    "multi-step": lambda optimizer, recipe: torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, recipe.milestones, recipe.gamma
     ),
 }
 _KEEP = ("lowest-train-loss", "last")
@@ -44,23 +42,27 @@ class Recipe:
         Passes over the training set.
     batch_size : int
         Samples per step; the last batch of an epoch may be shorter.
-    optimizer : {"sgd", "adam", "rmsprop"}
+    optimizer : {"sgd", "adam", "adamw", "rmsprop"}
         As in `torch.optim`.
     learning_rate : float
-        Rate of the first epoch.
+        Rate of the first step.
     momentum : float
         Decay of the running mean of the gradients, in [0, 1): the momentum of SGD and RMSprop (0
-        for the plain RMSprop), the first beta of Adam.
+        for the plain RMSprop), the first beta of Adam and AdamW.
     weight_decay : float
-        Added to the gradient as ``weight_decay * parameter``, for all three optimizers. It acts on
-        every parameter, biases and batch norm too, as in the papers, but not on the step sizes of
-        quantizers.
-    schedule : {"constant", "multi-step"}
-        With "multi-step" the rate is multiplied by `gamma` after each epoch in `milestones`.
+        Added to the gradient as ``weight_decay * parameter``; AdamW takes ``learning_rate *
+        weight_decay * parameter`` off the parameter instead. It acts on every parameter, biases
+        and batch norm too, as in the papers, but not on the step sizes of quantizers.
+    schedule : {"constant", "multi-step", "exponential", "cosine"}
+        With "multi-step" the rate is multiplied by `gamma` after each epoch in `milestones`; the
+        others change it at every step: "exponential" by the same factor, by `gamma` over all
+        training, "cosine" by half a period, to zero.
     milestones : tuple of int
         Ascending numbers of epochs; those beyond `epochs` are never reached.
     gamma : float
-        Factor on the learning rate at a milestone.
+        Factor on the learning rate at a milestone, or over all of an exponential schedule.
+    cooldown : Cooldown, optional
+        Takes the rate to zero over the last steps, after any schedule.
     augmentation : str
         A name in `qgen_lab.data.augmentations`, applied to training batches only.
     keep : {"lowest-train-loss", "last"}
@@ -83,6 +85,7 @@ class Recipe:
     schedule: str = "constant"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    cooldown: Cooldown | None = None
     augmentation: str = "none"
     keep: str = "lowest-train-loss"
     stop_at_loss: float | None = None
@@ -104,6 +107,10 @@ class Recipe:
                 "ascending positive integers, at least one for the schedule 'multi-step'",
             ),
             "gamma": (0 < self.gamma < math.inf, "positive"),
+            "cooldown": (
+                self.cooldown is None or isinstance(self.cooldown, Cooldown),
+                "None or Cooldown(power, share)",
+            ),
             "augmentation": (self.augmentation in augmentations, f"one of {sorted(augmentations)}"),
             "keep": (self.keep in _KEEP, f"one of {_KEEP}"),
             "stop_at_loss": (self.stop_at_loss is None or self.stop_at_loss > 0, "positive"),

@@ -34,7 +34,8 @@ from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batches import Batches, Source, channels_last, device_of
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.quantizers import parameter_groups
-from qgen_lab.qat.recipes import OPTIMIZERS, SCHEDULES, Recipe
+from qgen_lab.qat.recipes import OPTIMIZERS, Recipe
+from qgen_lab.qat.schedules import learning_rates
 
 __all__ = ["Diverged", "Evaluation", "History", "accuracy", "evaluate", "fit"]
 
@@ -69,7 +70,7 @@ class History:
     epoch : ndarray of int
         1, 2, ...
     learning_rate : ndarray
-        Rate during the epoch.
+        Rate of the epoch's first step.
     running_loss : ndarray
         Mean loss of the training batches, augmented, in training mode.
     train_loss, validation_loss : ndarray
@@ -220,6 +221,9 @@ def fit(
     means over samples, whatever the sizes. Where a single sample is left over as the last training
     batch of an epoch, it is skipped if the model has batch norm, which cannot normalise it.
 
+    The learning rate is set at every step, by `learning_rates`; for an iterable of unknown length,
+    once per epoch.
+
     On a CPU, models with convolutions are trained with channels last, which can halve the time of
     a step; outside the passes over the data the kernels have the layout they came with.
 
@@ -250,16 +254,16 @@ def fit(
         optimizer = OPTIMIZERS[recipe.optimizer](
             parameter_groups(model, recipe.weight_decay), recipe
         )
-        schedule = SCHEDULES[recipe.schedule](optimizer, recipe)
+        rates = learning_rates(recipe, training.steps(recipe) or 1).reshape(recipe.epochs, -1)
         generator = torch.Generator().manual_seed(seed)
         epochs: list[_Epoch] = []
         kept_epoch, kept_state = 0, {}
         for number in range(1, recipe.epochs + 1):
-            start, rate = time.perf_counter(), schedule.get_last_lr()[0]
+            start, epoch_rates = time.perf_counter(), rates[number - 1].tolist()
             try:
                 batches = training.shuffled(recipe, generator)
                 with channels_last(model):
-                    running_loss = _train_epoch(model, batches, loss, optimizer, bar)
+                    running_loss = _train_epoch(model, batches, loss, optimizer, epoch_rates, bar)
                     train = _evaluate(model, training.batches(), loss, metrics)
                     valid = validation and _evaluate(model, validation.batches(), loss, metrics)
                 if not math.isfinite(train.loss):
@@ -267,13 +271,12 @@ def fit(
             except _NotFinite as problem:
                 history = _history(epochs, kept_epoch) if epochs else None
                 raise _diverged(model, recipe, number, problem, history) from None
-            schedule.step()
             if recipe.keep == "last":
                 kept_epoch = number
             elif not epochs or train.loss < epochs[kept_epoch - 1].train.loss:
                 kept_epoch, kept_state = number, _snapshot(model)
             seconds = time.perf_counter() - start
-            epochs.append(_Epoch(number, rate, running_loss, train, valid, seconds))
+            epochs.append(_Epoch(number, epoch_rates[0], running_loss, train, valid, seconds))
             bar.set_description(f"epoch {number}/{recipe.epochs}, loss {train.loss:.3g}")
             if on_epoch is not None:
                 on_epoch(number, model)
@@ -370,12 +373,19 @@ class _NotFinite(Exception):
 
 
 def _train_epoch(
-    model: nn.Module, batches: Batches, loss: Loss, optimizer: torch.optim.Optimizer, bar: tqdm
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    rates: list[float],
+    bar: tqdm,
 ) -> float:
-    """One pass of optimizer steps; the mean of the batches' losses."""
+    """One pass of optimizer steps, the last rate for any beyond; the mean of their losses."""
     model.train()
     total, samples = 0.0, 0
     for step, (inputs, targets) in enumerate(batches, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[min(step, len(rates)) - 1]
         optimizer.zero_grad()
         batch_loss = loss(model(inputs), targets)
         batch_loss.backward()
@@ -523,7 +533,7 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
 
 def _bar(recipe: Recipe, training: Source, progress: bool | None) -> tqdm:
     """A bar over all steps; tqdm hides it by itself where there is no terminal."""
-    steps = training.steps(recipe.batch_size)
+    steps = training.steps(recipe)
     return tqdm(
         total=steps and steps * recipe.epochs,
         disable=None if progress is None else not progress,

@@ -11,9 +11,11 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from qgen_lab.data import load_dataset
+from qgen_lab.qat.batches import Source
 from qgen_lab.qat.models import mlp, nin
 from qgen_lab.qat.quantizers import quantize_weights, step_sizes
-from qgen_lab.qat.recipes import Recipe, recipes
+from qgen_lab.qat.recipes import Recipe
+from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, accuracy, evaluate, fit
 
 SHORT = Recipe(epochs=2, batch_size=8, weight_decay=0.0)
@@ -112,6 +114,7 @@ def test_dense_prediction():
 BY_HAND = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.8, weight_decay=0.01, fused=True),
     "adam": lambda p: torch.optim.Adam(p, 0.05, (0.8, 0.999), weight_decay=0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.05, (0.8, 0.999), weight_decay=0.01, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.05, momentum=0.8, weight_decay=0.01),
 }
 
@@ -209,12 +212,37 @@ def test_training_stops_at_a_loss(classes):
     assert history.kept_epoch == len(history.epoch) < 50
 
 
-def test_schedules(classes):
-    recipe = Recipe(epochs=5, schedule="multi-step", milestones=(1, 3), learning_rate=1.0)
-    rates = fit(mlp(4, [], 3), classes, recipe).learning_rate
-    np.testing.assert_allclose(rates, [1, 0.1, 0.1, 0.01, 0.01])
-    rates = fit(mlp(4, [], 3), classes, replace(recipe, schedule="constant")).learning_rate
-    np.testing.assert_allclose(rates, 1)
+def rates_of_steps(data, recipe):
+    """The distance of each step of plain SGD where the gradient is always one."""
+    model, positions = nn.Linear(1, 1, bias=False).double(), []
+    model.register_forward_pre_hook(
+        lambda model, _: positions.append(model.weight.item()) if model.training else None
+    )
+    recipe = replace(recipe, momentum=0.0, weight_decay=0.0, keep="last")
+    fit(model, data, recipe, loss=lambda outputs, targets: outputs.mean())
+    return -np.diff([*positions, model.weight.item()])
+
+
+COOLED = Recipe(
+    epochs=5, batch_size=8, schedule="multi-step", milestones=(1, 3), cooldown=Cooldown(2, 0.5)
+)
+
+
+def test_each_step_has_its_own_rate():
+    ones = torch.ones(20, 1, dtype=torch.float64), torch.zeros(20)
+    rates = learning_rates(COOLED, 3)
+    np.testing.assert_allclose(rates_of_steps(ones, COOLED), rates, rtol=1e-9)
+    history = fit(nn.Linear(1, 1).double(), ones, COOLED, loss=lambda outputs, _: outputs.mean())
+    np.testing.assert_array_equal(history.learning_rate, rates[::3])
+
+
+def test_without_a_known_length_each_epoch_has_its_own_rate():
+    class Batches:
+        def __iter__(self):
+            return iter([(torch.ones(4, 1, dtype=torch.float64), torch.zeros(4))] * 3)
+
+    rates = learning_rates(COOLED, 1)
+    np.testing.assert_allclose(rates_of_steps(Batches(), COOLED), rates.repeat(3), rtol=1e-9)
 
 
 def test_weight_decay_spares_the_steps(digits):
@@ -312,11 +340,21 @@ def test_a_shuffling_loader_repeats(classes):
     assert torch.equal(*ends)
 
 
+def shuffled(data, model, recipe):
+    return Source(data, model).shuffled(recipe, torch.Generator())
+
+
 def test_a_single_sample_left_over_is_no_trouble_for_batch_norm(digits):
     model = nin(3, 8, in_channels=1, base_width=1, seed=0)  # 1x1 images at the end
     data = digits.train.take(torch.arange(33))
-    history = fit(model, data, replace(SHORT, batch_size=16))
+    recipe = replace(SHORT, batch_size=16)
+    history = fit(model, data, recipe)
     assert history.train.size == 33
+    assert Source(data, model).steps(recipe) == len(list(shuffled(data, model, recipe))) == 2
+    model = mlp(64, [], 10)  # without batch norm
+    assert Source(data, model).steps(recipe) == len(list(shuffled(data, model, recipe))) == 3
+    for size in (1, 2, 32):
+        assert Source(data.take(torch.arange(size)), digits_nin()).steps(recipe) == -(-size // 16)
 
 
 def test_history(digits):
@@ -411,52 +449,6 @@ def test_a_huge_rate_diverges(classes):
 
 
 # Bad arguments
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("epochs", 0),
-        ("epochs", 1.5),
-        ("batch_size", 0),
-        ("optimizer", "lion"),
-        ("learning_rate", 0.0),
-        ("learning_rate", math.nan),
-        ("momentum", 1.0),
-        ("weight_decay", -1e-4),
-        ("schedule", "cosine-ish"),
-        ("milestones", (5, 3)),
-        ("gamma", 0.0),
-        ("augmentation", "none such"),
-        ("keep", "best"),
-        ("stop_at_loss", 0.0),
-    ],
-)
-def test_recipe_fields(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be .*, got"):
-        replace(recipes["qgen-nin"], **{field: value})
-
-
-def test_multi_step_needs_milestones():
-    with pytest.raises(ValueError, match=r"milestones must be .* at least one"):
-        Recipe(epochs=3, schedule="multi-step")
-
-
-def test_published_recipes():
-    # arXiv 2404.11769, B.1 and C.1.
-    assert recipes["qgen-nin"] == Recipe(
-        epochs=300,
-        batch_size=128,
-        optimizer="sgd",
-        learning_rate=0.1,
-        momentum=0.9,
-        weight_decay=1e-4,
-        schedule="multi-step",
-        milestones=(100, 200),
-        gamma=0.1,
-    )
-    assert recipes["qgen-resnet"].milestones == (80, 160)
-    assert recipes["qgen-imagenet"].learning_rate == 0.01
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from qgen_lab.qat.recipes import Recipe, recipes
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("batch_size", 0),
+        ("optimizer", "lion"),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("schedule", "cosine-ish"),
+        ("milestones", (5, 3)),
+        ("gamma", 0.0),
+        ("cooldown", 0.1),
+        ("augmentation", "none such"),
+        ("keep", "best"),
+        ("stop_at_loss", 0.0),
+    ],
+)
+def test_recipe_fields(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .*, got"):
+        replace(recipes["qgen-nin"], **{field: value})
+
+
+@pytest.mark.parametrize("field", ["optimizer", "schedule", "augmentation", "keep"])
+def test_unknown_names_list_the_known_ones(field):
+    known = {"optimizer": "adamw", "schedule": "cosine", "augmentation": "none", "keep": "last"}
+    with pytest.raises(ValueError, match=f"one of .*'{known[field]}'"):
+        replace(recipes["qgen-nin"], **{field: "none such"})
+
+
+def test_multi_step_needs_milestones():
+    with pytest.raises(ValueError, match=r"milestones must be .* at least one"):
+        Recipe(epochs=3, schedule="multi-step")
+
+
+def test_published_recipes():
+    # arXiv 2404.11769, B.1 and C.1.
+    assert recipes["qgen-nin"] == Recipe(
+        epochs=300,
+        batch_size=128,
+        optimizer="sgd",
+        learning_rate=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        schedule="multi-step",
+        milestones=(100, 200),
+        gamma=0.1,
+    )
+    assert recipes["qgen-resnet"].milestones == (80, 160)
+    assert recipes["qgen-imagenet"].learning_rate == 0.01
