@@ -16,6 +16,9 @@ from torch import Tensor
 _compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
 
 
+_SIGNS = (-1, 1)
+
+
 class _Slot:
     """Memory that stays, in the shape of `tensor`, and a weak reference to what was lent of it."""
 
@@ -79,34 +82,34 @@ def being_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
 
 
-def quantize(weight: Tensor, step: Tensor, bits: int, pool: Pool) -> Tensor:
-    """Return `step * round(clip(weight / step))`, for one bit `step * sign(weight)`.
+def quantize(weight: Tensor, step: Tensor, low: int, high: int, pool: Pool) -> Tensor:
+    """Return `step * round(clip(weight / step))`, for the codes -1 and 1 `step * sign(weight)`.
 
     Parameters
     ----------
     weight : Tensor
         Plain and dense.
     step : Tensor
-        Shape `()`, or `(channels,)` for one step per channel.
-    bits : int
-        Codes run from `-2**(bits - 1)` to `2**(bits - 1) - 1`; one bit has the codes -1 and 1.
+        Shape `()`, or `(steps,)`: as many runs of weights, equally long, have a step each.
+    low, high : int
+        Lowest and highest code; -1 and 1 stand for the two signs, without a zero.
     pool : Pool
         Where the memory of the result comes from.
     """
     result, memory = pool.empty_like(weight)
-    loop = _sign if bits == 1 else _round
-    loop(_flat(weight), _flat(step), bits, memory)
+    loop = _sign if (low, high) == _SIGNS else _round
+    loop(_flat(weight), _flat(step), low, high, memory)
     return result
 
 
 def gradients(
-    weight: Tensor, step: Tensor, bits: int, grad: Tensor, scale: float, pool: Pool
+    weight: Tensor, step: Tensor, low: int, high: int, grad: Tensor, scale: float, pool: Pool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to the weights and to the step.
 
     Parameters
     ----------
-    weight, step, bits, pool
+    weight, step, low, high, pool
         As for `quantize`.
     grad : Tensor
         Gradient to the quantized weights, plain; never written to, since others may read it.
@@ -116,11 +119,11 @@ def gradients(
     grad = grad.contiguous(memory_format=_memory_format(weight))
     for_step = np.empty(step.numel(), np.float32)
     grad_step = torch.from_numpy(for_step).view(step.shape)
-    if bits == 1:
+    if (low, high) == _SIGNS:
         _sign_gradient(_flat(weight), _flat(grad), scale, for_step)
         return grad, grad_step
     grad_weight, memory = pool.empty_like(weight)
-    _round_gradients(_flat(weight), _flat(step), bits, _flat(grad), scale, memory, for_step)
+    _round_gradients(_flat(weight), _flat(step), low, high, _flat(grad), scale, memory, for_step)
     return grad_weight, grad_step
 
 
@@ -143,8 +146,8 @@ def _flat(tensor: Tensor) -> np.ndarray:
 
 
 @_compiled
-def _round(weight, step, bits, result):
-    low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
+def _round(weight, step, low, high, result):
+    low, high = np.float32(low), np.float32(high)
     run = weight.size // step.size
     for c in range(step.size):
         w, s, out = weight[c * run : (c + 1) * run], step[c], result[c * run : (c + 1) * run]
@@ -155,8 +158,8 @@ def _round(weight, step, bits, result):
 
 
 @_compiled
-def _round_gradients(weight, step, bits, grad, scale, grad_weight, grad_step):
-    low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
+def _round_gradients(weight, step, low, high, grad, scale, grad_weight, grad_step):
+    low, high = np.float32(low), np.float32(high)
     zero = np.float32(0)
     run = weight.size // step.size
     for c in range(step.size):
@@ -173,7 +176,7 @@ def _round_gradients(weight, step, bits, grad, scale, grad_weight, grad_step):
 
 
 @_compiled
-def _sign(weight, step, bits, result):
+def _sign(weight, step, low, high, result):
     run = weight.size // step.size
     for c in range(step.size):
         w, s, out = weight[c * run : (c + 1) * run], step[c], result[c * run : (c + 1) * run]

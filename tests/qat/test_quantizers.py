@@ -194,9 +194,9 @@ def test_the_loops_are_the_same_uncompiled(name):
     weight, grad = normal(24).numpy(), normal(24, seed=1).numpy()
     step = np.array([0.3, 0.2], dtype=np.float32)
     arguments = {
-        "_round": (weight, step, 3),
-        "_round_gradients": (weight, step, 3, grad, 0.1, np.empty_like(weight)),
-        "_sign": (weight, step, 1),
+        "_round": (weight, step, -4, 3),
+        "_round_gradients": (weight, step, -4, 3, grad, 0.1, np.empty_like(weight)),
+        "_sign": (weight, step, -1, 1),
         "_sign_gradient": (weight, grad, 0.1),
     }[name]
     loop = getattr(kernels, name)

@@ -1,0 +1,294 @@
+"""Quantizers onto the weights of a model, what they say about it, and off again."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qgen_lab.codebooks import Codebook, check_bits
+from qgen_lab.qat.quantizers.base import Quantizer
+from qgen_lab.qat.quantizers.codebooks import FixedCodebook
+from qgen_lab.qat.quantizers.lsq import LSQ
+
+LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+LayerChoice = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+
+# How to build each quantizer that has a name; see `Quantizer` for the protocol.
+registry: dict[str, Callable[[Tensor, int, int | None], Quantizer]] = {"lsq": LSQ}
+
+
+def quantize_weights(
+    model: nn.Module,
+    bits: int | Mapping[str, int] | None,
+    quantizer: str | Codebook | Callable[[Tensor, int, int | None], Quantizer] = "lsq",
+    layers: LayerChoice | None = None,
+    per_channel: bool = False,
+    *,
+    exclude: LayerChoice | None = None,
+) -> nn.Module:
+    """Quantize the weights of a model's convolutions, linear and attention layers, in place.
+
+    Biases, normalisation and activations stay as they are. Call it before the optimizer is built:
+    learned steps are parameters of the model. The joint input projection of a
+    `torch.nn.MultiheadAttention` called `attn` counts as a layer called `attn.in_proj`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. Layers that share one weight share one quantizer.
+    bits : int or mapping or None
+        From 1 to 16; or a mapping of layer names or patterns (`fnmatch`) to bits, where the last
+        entry that matches a layer counts and layers without an entry stay in full precision; or
+        None where the quantizer knows by itself, as a `Codebook` does.
+    quantizer : str, Codebook or callable
+        A name in `registry`; fixed levels; or what builds a `Quantizer` from `(weight, bits,
+        channel_dim)`.
+    layers, exclude : str, layer type, or several of them, optional
+        The only layers to quantize, and layers not to: names, patterns or types. All by default.
+    per_channel : bool
+        One step per output channel in place of one per layer.
+
+    Returns
+    -------
+    nn.Module
+        `model` itself.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as above; if a name, pattern or type matches no layer; if a layer is
+        parametrized already, or its weights are empty or not finite. The model is then unchanged.
+    """
+    chosen = _choose(_slots(model), layers, exclude)
+    widths = _bits_of(chosen, bits)
+    build = _builder(quantizer)
+    members: dict[int, Quantizer] = {}  # by weight, so that tied layers share one
+    for name in widths:
+        slot = chosen[name]
+        _check_slot(name, slot)
+        if id(slot.weight) not in members:
+            channel_dim = slot.channel_dim if per_channel else None
+            member = build(slot.weight, widths[name], channel_dim)
+            _check_member(name, slot.weight, member)
+            members[id(slot.weight)] = member
+    plan = [(chosen[name], members[id(chosen[name].weight)]) for name in widths]
+    for slot, member in plan:
+        parametrize.register_parametrization(slot.layer, slot.parameter, member)
+    return model
+
+
+def step_sizes(model: nn.Module) -> dict[str, Tensor]:
+    """Step of each quantized layer in its weights' units, detached: shape `()` or `(channels,)`."""
+    return {name: slot.quantizer.step_size.clone() for name, slot in quantized_slots(model).items()}
+
+
+def bin_widths(model: nn.Module) -> dict[str, Tensor]:
+    """Distance of neighbouring levels in each quantized layer: `d` of Eq. 5, shaped as the step."""
+    return {name: slot.quantizer.bin_width.clone() for name, slot in quantized_slots(model).items()}
+
+
+def bits_per_layer(model: nn.Module) -> dict[str, float]:
+    """Bits of each quantized layer: the binary logarithm of its number of levels."""
+    return {name: slot.quantizer.bits for name, slot in quantized_slots(model).items()}
+
+
+@torch.no_grad()
+def quantization_noise(model: nn.Module) -> dict[str, Tensor]:
+    """Quantization noise of each quantized layer, float weight less quantized weight (Eq. 3)."""
+    return {name: slot.original - slot.weight for name, slot in quantized_slots(model).items()}
+
+
+def codes(model: nn.Module) -> dict[str, Tensor]:
+    """Integer code (int32) of each weight of each quantized layer; for LSQ, weight over step."""
+    slots = quantized_slots(model)
+    return {name: slot.quantizer.code(slot.original) for name, slot in slots.items()}
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> nn.Module:
+    """Put the quantized weights in place of the float ones and drop the quantizers, in place.
+
+    Returns
+    -------
+    nn.Module
+        `model` itself, with plain parameters on the grid; the parameter objects are the same.
+    """
+    slots = quantized_slots(model).values()
+    quantized = [(slot, slot.quantizer.eval()(slot.original)) for slot in slots]
+    for slot, weight in quantized:
+        # A deep copy shares the class that torch made for the layer, and torch would strip that.
+        layer, made = slot.layer, type(slot.layer)
+        layer.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
+        parametrize.remove_parametrizations(layer, slot.parameter, leave_parametrized=False)
+        slot.weight.copy_(weight)
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for an optimizer: `weight_decay` for all but what the quantizers learn.
+
+    Examples
+    --------
+    >>> optimizer = torch.optim.SGD(parameter_groups(model, 1e-4), lr=0.1)  # doctest: +SKIP
+    """
+    members = (module for module in model.modules() if isinstance(module, Quantizer))
+    learned = {id(p) for member in members for p in member.parameters()}
+    decayed = [p for p in model.parameters() if id(p) not in learned]
+    steps = [p for p in model.parameters() if id(p) in learned]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": steps, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of a weight in a model: a parameter of a layer, quantized or not.
+
+    Attributes
+    ----------
+    layer : nn.Module
+        The layer.
+    parameter : str
+        Name of its weight.
+    """
+
+    layer: nn.Module
+    parameter: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer uses it."""
+        return getattr(self.layer, self.parameter)
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the weight's output channels."""
+        return 1 if isinstance(self.layer, TRANSPOSED) else 0
+
+    @property
+    def parametrized(self) -> bool:
+        """Whether something computes the weight, a quantizer or other."""
+        return parametrize.is_parametrized(self.layer, self.parameter)
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The weight's quantizer, if it has one."""
+        first = self.layer.parametrizations[self.parameter][0] if self.parametrized else None
+        return first if isinstance(first, Quantizer) else None
+
+    @property
+    def original(self) -> Tensor:
+        """Float weight behind the quantized one, detached."""
+        return self.layer.parametrizations[self.parameter].original.detach()
+
+
+def quantized_slots(model: nn.Module) -> dict[str, Slot]:
+    """Where each quantized weight stands, by layer, in the model's order."""
+    return {name: slot for name, slot in _slots(model).items() if slot.quantizer is not None}
+
+
+def _slots(model: nn.Module) -> dict[str, Slot]:
+    """Every weight that can be quantized, by the name of its layer."""
+    slots = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LINEAR + TRANSPOSED):
+            slots[name] = Slot(layer, "weight")
+        elif isinstance(layer, nn.MultiheadAttention):
+            for part in ("in",) if layer._qkv_same_embed_dim else ("q", "k", "v"):
+                slots[f"{name}.{part}_proj".lstrip(".")] = Slot(layer, f"{part}_proj_weight")
+    return slots
+
+
+def _choose(
+    available: dict[str, Slot], layers: LayerChoice | None, exclude: LayerChoice | None
+) -> dict[str, Slot]:
+    """Return the layers to quantize."""
+    if not available:
+        raise ValueError("model has no convolution, linear or attention layer to quantize")
+    chosen = set(available) if layers is None else _matching(available, layers, "layers")
+    if exclude is not None:
+        chosen -= _matching(available, exclude, "exclude")
+    return {name: slot for name, slot in available.items() if name in chosen}
+
+
+def _matching(available: dict[str, Slot], choice: LayerChoice, argument: str) -> set[str]:
+    """Return the names that `choice` selects, each of its items at least one."""
+    items = [choice] if isinstance(choice, str | type) else list(choice)
+    selected = set()
+    for item in items:
+        if isinstance(item, type):
+            found = {name for name, slot in available.items() if isinstance(slot.layer, item)}
+        elif isinstance(item, str):
+            found = {name for name in available if fnmatchcase(name, item)}
+        else:
+            raise TypeError(f"{argument} holds {item!r}: give names, patterns or layer types")
+        if not found:
+            raise ValueError(
+                f"{argument}={item!r} matches no layer; the layers are: {', '.join(available)}"
+            )
+        selected |= found
+    return selected
+
+
+def _bits_of(
+    chosen: dict[str, Slot], bits: int | Mapping[str, int] | None
+) -> dict[str, int | None]:
+    """Return the bits of each layer that is to be quantized."""
+    if not isinstance(bits, Mapping):
+        return dict.fromkeys(chosen, None if bits is None else check_bits(bits))
+    widths = {}
+    for pattern, value in bits.items():
+        for name in _matching(chosen, pattern, "bits"):
+            widths[name] = check_bits(value)
+    return widths
+
+
+def _builder(quantizer) -> Callable[[Tensor, int | None, int | None], Quantizer]:
+    """Return what builds one layer's quantizer."""
+    if isinstance(quantizer, str):
+        if quantizer not in registry:
+            raise ValueError(
+                f"quantizer={quantizer!r} is not known; the names are: {', '.join(registry)}"
+            )
+        return registry[quantizer]
+    if isinstance(quantizer, Codebook):
+        return partial(FixedCodebook.attach, quantizer)
+    if callable(quantizer):
+        return quantizer
+    raise TypeError(f"quantizer={quantizer!r}: give a name, a Codebook or a callable")
+
+
+def _check_slot(name: str, slot: Slot) -> None:
+    """Raise if a layer cannot be quantized."""
+    if slot.quantizer is not None:
+        raise ValueError(f"layer {name!r} is quantized already: bake(model) first, or exclude it")
+    if slot.parametrized:
+        raise ValueError(f"layer {name!r} has another parametrization: remove or exclude it")
+    weight = slot.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"layer {name!r} is lazy: run the model once before quantizing it")
+    if weight.numel() == 0:
+        raise ValueError(f"layer {name!r} has no weights: exclude it")
+    if not weight.is_floating_point() or not weight.isfinite().all():
+        raise ValueError(f"layer {name!r} has weights that are not finite real numbers")
+
+
+@torch.no_grad()
+def _check_member(name: str, weight: Tensor, member: Quantizer) -> None:
+    """Raise if what a caller's builder made cannot quantize the layer."""
+    if not isinstance(member, Quantizer):
+        raise TypeError(f"quantizer built {member!r} for layer {name!r}: build a Quantizer")
+    value = member(weight)
+    if (value.shape, value.dtype) != (weight.shape, weight.dtype):
+        raise ValueError(
+            f"quantizer turns layer {name!r} of shape {tuple(weight.shape)}, {weight.dtype} into "
+            f"{tuple(value.shape)}, {value.dtype}: keep shape and dtype"
+        )
