@@ -15,11 +15,13 @@ from qgen_lab.qat.quantizers import (
     step_sizes,
 )
 from qgen_lab.qat.recipes import Recipe, recipes
+from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evaluate, fit
 
 __all__ = [
     "LSQ",
     "MODELS",
+    "Cooldown",
     "Diverged",
     "Evaluation",
     "FixedCodebook",
@@ -34,6 +36,7 @@ __all__ = [
     "codes",
     "evaluate",
     "fit",
+    "learning_rates",
     "mlp",
     "nin",
     "parameter_groups",

@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], torch.optim.Optimizer]] =
     ),
 }
 _KEEP = ("lowest-train-loss", "last")
+_PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,30 @@ class Recipe:
         The epoch whose weights the model holds when `fit` returns.
     stop_at_loss : float, optional
         Stop after the first epoch whose training loss is at most this.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward and backward pass in training, by `torch.autocast`. Weights, quantizers,
+        optimizer, loss and clean passes are in float32 whatever it is. "float16" needs a GPU, and
+        scales the loss so that small gradients survive.
+    sharpness_radius : float
+        Sharpness-aware minimization (SAM) if positive: each step uses the gradient at the point
+        that lies this far up the gradient, over all parameters but what quantizers learn (their
+        float weights are moved). Batch norm takes in the first of the two passes only.
+    average_codes_from : float, optional
+        Share of the steps, in [0, 1), after which `CodeAverage` goes along; the model then ends as
+        its rounded average. With `keep` "last" only, and without `stop_at_loss`.
+    reestimate_batch_norm : bool
+        At the end, replace the statistics of batch norm by those of a clean pass over the training
+        data (`reestimate_batch_norm`).
 
     Raises
     ------
     ValueError
         If a field is out of its range.
+
+    References
+    ----------
+    Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-aware minimization for efficiently improving
+    generalization" (2021), for `sharpness_radius`.
     """
 
     epochs: int
@@ -89,10 +109,14 @@ class Recipe:
     augmentation: str = "none"
     keep: str = "lowest-train-loss"
     stop_at_loss: float | None = None
+    precision: str = "float32"
+    sharpness_radius: float = 0.0
+    average_codes_from: float | None = None
+    reestimate_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        steps = self.milestones
+        steps, average_from = self.milestones, self.average_codes_from
         ascending = all(map(_is_count, steps)) and list(steps) == sorted(set(steps))
         rules = {
             "epochs": (_is_count(self.epochs), "a positive integer"),
@@ -114,6 +138,22 @@ class Recipe:
             "augmentation": (self.augmentation in augmentations, f"one of {sorted(augmentations)}"),
             "keep": (self.keep in _KEEP, f"one of {_KEEP}"),
             "stop_at_loss": (self.stop_at_loss is None or self.stop_at_loss > 0, "positive"),
+            "precision": (self.precision in _PRECISIONS, f"one of {_PRECISIONS}"),
+            "sharpness_radius": (
+                0 <= self.sharpness_radius < math.inf
+                and (self.sharpness_radius == 0 or self.precision != "float16"),
+                "zero or positive, and zero for the precision 'float16' (use 'bfloat16')",
+            ),
+            "average_codes_from": (
+                average_from is None
+                or (0 <= average_from < 1 and self.keep == "last" and self.stop_at_loss is None),
+                "in [0, 1), and None unless keep='last' and stop_at_loss=None, "
+                "since the average takes the place of the last epoch's weights",
+            ),
+            "reestimate_batch_norm": (
+                isinstance(self.reestimate_batch_norm, bool),
+                "True or False",
+            ),
         }
         for name, (holds, allowed) in rules.items():
             if not holds:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,11 @@ from torch.nn.functional import (
 from tqdm import tqdm
 
 from qgen_lab.data import Dataset, Splits
+from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Batches, Source, channels_last, device_of
 from qgen_lab.qat.models import seeded
-from qgen_lab.qat.quantizers import parameter_groups
-from qgen_lab.qat.recipes import OPTIMIZERS, Recipe
-from qgen_lab.qat.schedules import learning_rates
+from qgen_lab.qat.recipes import Recipe
+from qgen_lab.qat.steps import Objective, Steps
 
 __all__ = ["Diverged", "Evaluation", "History", "accuracy", "evaluate", "fit"]
 
@@ -72,7 +72,7 @@ class History:
     learning_rate : ndarray
         Rate of the epoch's first step.
     running_loss : ndarray
-        Mean loss of the training batches, augmented, in training mode.
+        Mean objective of the training batches, augmented, in training mode.
     train_loss, validation_loss : ndarray
         Clean losses; `validation_loss` is None without a validation split.
     train_metrics, validation_metrics : dict of str to ndarray
@@ -82,7 +82,8 @@ class History:
     kept_epoch : int
         The epoch whose weights the model holds on return.
     train, validation : Evaluation
-        The kept model's; `validation` is None without a validation split.
+        Of the model on return: the kept epoch's, its codes averaged and its batch norm re-estimated
+        where the recipe says so. `validation` is None without a validation split.
     """
 
     epoch: np.ndarray
@@ -168,12 +169,14 @@ def fit(
     device: torch.device | str | None = None,
     progress: bool | None = None,
     on_epoch: Callable[[int, nn.Module], None] | None = None,
+    objective: Objective | None = None,
 ) -> History:
     """Train `model` in place.
 
     On return the model holds the weights of the kept epoch (the one of lowest training loss unless
     `recipe` says otherwise), with its buffers and quantizer steps, in evaluation mode. Give
-    quantizers to the model before the call, so that the optimizer knows their steps.
+    quantizers to the model before the call, so that the optimizer knows their steps. Without
+    quantizers, the same call is the full-precision twin, with the same budget.
 
     Two calls with equal models, data, recipe and seed give equal results, bit for bit, on one
     machine with one thread count. PyTorch's global random state is left as it was.
@@ -189,7 +192,7 @@ def fit(
     recipe : Recipe
         See `recipes` for some by name.
     loss : callable
-        ``loss(outputs, targets)`` gives the mean over a batch, a scalar.
+        ``loss(outputs, targets)`` gives the mean over a batch, a scalar. All clean passes use it.
     metrics : dict of str to callable, optional
         ``metric(outputs, targets)`` gives a mean over a batch, or one value per sample. By default
         `accuracy` where targets are integers, else none.
@@ -201,6 +204,9 @@ def fit(
         Show a progress bar. By default only on a terminal.
     on_epoch : callable, optional
         ``on_epoch(epoch, model)`` is called after each epoch, the model in evaluation mode.
+    objective : callable, optional
+        ``objective(model, inputs, outputs, targets)``, a scalar, is what training makes smaller,
+        such as the loss and a penalty. By default ``loss(outputs, targets)``.
 
     Returns
     -------
@@ -251,19 +257,17 @@ def fit(
         stack.enter_context(seeded(seed, device_of(model)))
         metrics = _check(model, training, loss, metrics)
         bar = stack.enter_context(_bar(recipe, training, progress))
-        optimizer = OPTIMIZERS[recipe.optimizer](
-            parameter_groups(model, recipe.weight_decay), recipe
-        )
-        rates = learning_rates(recipe, training.steps(recipe) or 1).reshape(recipe.epochs, -1)
+        per_epoch = training.steps(recipe) or 1
+        steps = Steps(model, recipe, objective or _plain(loss), per_epoch)
         generator = torch.Generator().manual_seed(seed)
         epochs: list[_Epoch] = []
         kept_epoch, kept_state = 0, {}
         for number in range(1, recipe.epochs + 1):
-            start, epoch_rates = time.perf_counter(), rates[number - 1].tolist()
+            start = time.perf_counter()
             try:
                 batches = training.shuffled(recipe, generator)
                 with channels_last(model):
-                    running_loss = _train_epoch(model, batches, loss, optimizer, epoch_rates, bar)
+                    running_loss = _train_epoch(steps, number, batches, bar)
                     train = _evaluate(model, training.batches(), loss, metrics)
                     valid = validation and _evaluate(model, validation.batches(), loss, metrics)
                 if not math.isfinite(train.loss):
@@ -276,7 +280,8 @@ def fit(
             elif not epochs or train.loss < epochs[kept_epoch - 1].train.loss:
                 kept_epoch, kept_state = number, _snapshot(model)
             seconds = time.perf_counter() - start
-            epochs.append(_Epoch(number, epoch_rates[0], running_loss, train, valid, seconds))
+            rate = steps.rates[(number - 1) * per_epoch]
+            epochs.append(_Epoch(number, rate, running_loss, train, valid, seconds))
             bar.set_description(f"epoch {number}/{recipe.epochs}, loss {train.loss:.3g}")
             if on_epoch is not None:
                 on_epoch(number, model)
@@ -284,8 +289,18 @@ def fit(
                 break
         if kept_epoch < len(epochs):
             model.load_state_dict(kept_state)
+        history = _history(epochs, kept_epoch)
+        if recipe.average_codes_from is not None:
+            steps.average.round()
+        if recipe.reestimate_batch_norm:
+            reestimate_batch_norm(model, training.data)
+        if recipe.average_codes_from is not None or recipe.reestimate_batch_norm:
+            with channels_last(model):
+                train = _evaluate(model, training.batches(), loss, metrics)
+                valid = validation and _evaluate(model, validation.batches(), loss, metrics)
+            history = replace(history, train=train, validation=valid)
     model.eval()
-    return _history(epochs, kept_epoch)
+    return history
 
 
 def evaluate(
@@ -372,27 +387,18 @@ class _NotFinite(Exception):
         self.step, self.value, self.batches = step, value, batches
 
 
-def _train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    rates: list[float],
-    bar: tqdm,
-) -> float:
-    """One pass of optimizer steps, the last rate for any beyond; the mean of their losses."""
-    model.train()
+def _plain(loss: Loss) -> Objective:
+    return lambda model, inputs, outputs, targets: loss(outputs, targets)
+
+
+def _train_epoch(steps: Steps, number: int, batches: Batches, bar: tqdm) -> float:
+    """One pass of optimizer steps; the mean of their objectives."""
+    steps.model.train()
     total, samples = 0.0, 0
     for step, (inputs, targets) in enumerate(batches, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = rates[min(step, len(rates)) - 1]
-        optimizer.zero_grad()
-        batch_loss = loss(model(inputs), targets)
-        batch_loss.backward()
-        value = batch_loss.item()
+        value = steps.take(number, step, inputs, targets)
         if not math.isfinite(value):
             raise _NotFinite(step, value, [(inputs, targets)])
-        optimizer.step()
         total += value * len(targets)
         samples += len(targets)
         bar.update()

@@ -24,6 +24,13 @@ from qgen_lab.qat.recipes import Recipe, recipes
         ("augmentation", "none such"),
         ("keep", "best"),
         ("stop_at_loss", 0.0),
+        ("precision", "float8"),
+        ("sharpness_radius", -0.1),
+        ("sharpness_radius", math.nan),
+        ("average_codes_from", 1.0),
+        ("average_codes_from", -0.1),
+        ("average_codes_from", 0.5),  # with keep="lowest-train-loss"
+        ("reestimate_batch_norm", 1),
     ],
 )
 def test_recipe_fields(field, value):
@@ -31,11 +38,27 @@ def test_recipe_fields(field, value):
         replace(recipes["qgen-nin"], **{field: value})
 
 
-@pytest.mark.parametrize("field", ["optimizer", "schedule", "augmentation", "keep"])
-def test_unknown_names_list_the_known_ones(field):
-    known = {"optimizer": "adamw", "schedule": "cosine", "augmentation": "none", "keep": "last"}
-    with pytest.raises(ValueError, match=f"one of .*'{known[field]}'"):
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("optimizer", "adamw"),
+        ("schedule", "cosine"),
+        ("augmentation", "none"),
+        ("keep", "last"),
+        ("precision", "bfloat16"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(field, known):
+    with pytest.raises(ValueError, match=f"one of .*'{known}'"):
         replace(recipes["qgen-nin"], **{field: "none such"})
+
+
+def test_fields_that_exclude_each_other():
+    averaged = Recipe(epochs=3, keep="last", average_codes_from=0.5)
+    with pytest.raises(ValueError, match=r"average_codes_from must be .* stop_at_loss=None"):
+        replace(averaged, stop_at_loss=0.1)
+    with pytest.raises(ValueError, match=r"sharpness_radius must be .*'float16'"):
+        replace(averaged, sharpness_radius=0.1, precision="float16")
 
 
 def test_multi_step_needs_milestones():

@@ -11,9 +11,11 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from qgen_lab.data import load_dataset
+from qgen_lab.qat.averaging import CodeAverage
+from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Source
 from qgen_lab.qat.models import mlp, nin
-from qgen_lab.qat.quantizers import quantize_weights, step_sizes
+from qgen_lab.qat.quantizers import LSQ, codes, parameter_groups, quantize_weights, step_sizes
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, accuracy, evaluate, fit
@@ -173,6 +175,195 @@ def test_the_running_loss_is_the_mean_over_samples(classes):
     history = fit(mlp(4, [], 3, seed=0), classes, replace(SHORT, epochs=1), loss=record)
     assert [size for _, size in losses] == [8, 8, 4]
     assert history.running_loss[0] == pytest.approx(sum(v * n for v, n in losses) / 20)
+
+
+# What a step makes smaller, and where: objective, sharpness, precision
+
+
+def by_hand(model, data, recipe, seed, step):
+    """The epochs of `fit` with plain SGD: `step(model, optimizer, inputs, targets, number)`."""
+    optimizer = torch.optim.SGD(parameter_groups(model, recipe.weight_decay), lr=0.05, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    number = 0
+    for _ in range(recipe.epochs):
+        model.train()
+        for indices in torch.randperm(len(data[1]), generator=generator).split(recipe.batch_size):
+            step(model, optimizer, data[0][indices], data[1][indices], number)
+            number += 1
+
+
+HAND = Recipe(
+    epochs=3, batch_size=8, learning_rate=0.05, momentum=0.0, weight_decay=0.01, keep="last"
+)
+
+
+def test_an_objective_is_minimised_and_the_loss_evaluated(classes):
+    def penalised(model, inputs, outputs, targets):
+        return cross_entropy(outputs, targets) + 0.3 * (outputs - inputs[:, :3]).square().mean()
+
+    def step(model, optimizer, inputs, targets, number):
+        optimizer.zero_grad()
+        penalised(model, inputs, model(inputs), targets).backward()
+        optimizer.step()
+
+    model = mlp(4, [5], 3, seed=0)
+    twin = copy.deepcopy(model)
+    history = fit(model, classes, HAND, seed=2, objective=penalised)
+    by_hand(twin, classes, HAND, 2, step)
+    assert torch.equal(state(model), state(twin))
+    assert history.train.loss == pytest.approx(cross_entropy(twin(classes[0]), classes[1]).item())
+    assert history.running_loss[0] > history.train_loss[0] + 0.1  # the penalty
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_sharpness_aware_steps_equal_a_loop_by_hand(classes, bits):
+    def step(model, optimizer, inputs, targets, number):
+        own = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        before = [p.detach().clone() for p in own]
+        norm = sum(p.grad.square().sum() for p in own).sqrt()
+        for p in own:
+            p.data += 0.4 * p.grad / norm
+        optimizer.zero_grad()
+        layer = model[1]
+        kept = {name: value.clone() for name, value in layer.named_buffers()}
+        cross_entropy(model(inputs), targets).backward()
+        layer.load_state_dict(layer.state_dict() | kept)
+        for p, value in zip(own, before, strict=True):
+            p.data = value
+        optimizer.step()
+
+    recipe = replace(HAND, batch_size=10, sharpness_radius=0.4)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    if bits:
+        quantize_weights(model, bits)
+    twin, plain = copy.deepcopy(model), copy.deepcopy(model)
+    fit(model, classes, recipe, seed=2)
+    by_hand(twin, classes, recipe, 2, step)
+    torch.testing.assert_close(state(model), state(twin), rtol=1e-5, atol=1e-6)
+    fit(plain, classes, replace(recipe, sharpness_radius=0.0), seed=2)
+    assert not torch.allclose(state(model), state(plain), rtol=1e-3)
+
+
+def test_sharpness_descends_to_the_flatter_minimum():
+    # A minimum at 0 between steep walls, a flat one at 3: (w / 0.1)^2 / 2 and (w - 3)^2 / 2.
+    def valleys(outputs, targets):
+        w = outputs.mean()
+        return torch.minimum((w / 0.1).square() / 2, (w - 3).square() / 2)
+
+    ends = []
+    for radius in (0.0, 0.5):
+        model = nn.Linear(1, 1, bias=False)
+        model.weight.data.fill_(0.01)
+        recipe = Recipe(
+            epochs=200,
+            learning_rate=0.005,
+            momentum=0.0,
+            weight_decay=0.0,
+            keep="last",
+            sharpness_radius=radius,
+            schedule="cosine",
+        )
+        fit(model, (torch.ones(2, 1), torch.zeros(2)), recipe, loss=valleys)
+        ends.append(model.weight.item())
+    assert abs(ends[0]) < 0.01  # stays
+    assert ends[1] > 0.3  # leaves
+
+
+def test_a_bad_gradient_is_found_with_a_sharpness_radius_too(classes):
+    class Sharp(nn.Module):
+        def forward(self, x):
+            return x + (x * 0).abs().sqrt()
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), Sharp(), nn.Linear(5, 3))
+    with pytest.raises(Diverged, match="weights of layer '1'"):
+        fit(model, classes, replace(SHORT, sharpness_radius=0.1))
+
+
+def test_autocast_is_for_the_training_pass_alone(digits):
+    class Watched(LSQ):
+        def forward(self, weight):
+            value = super().forward(weight)
+            if self.training and value.requires_grad:
+                value.register_hook(lambda grad: seen["gradient"].add(grad.dtype))
+            seen["weight"].add(weight.dtype)
+            seen["quantized"].add(value.dtype)
+            return value
+
+    def loss(outputs, targets):
+        seen["loss"].add(outputs.dtype)
+        return cross_entropy(outputs, targets)
+
+    seen = {name: set() for name in ("gradient", "weight", "quantized", "loss", True, False)}
+    model = quantize_weights(nin(1, 8, in_channels=1, base_width=1, seed=0), 4, Watched)
+    layer = model[0]
+    layer.register_forward_hook(lambda layer, _, outputs: seen[layer.training].add(outputs.dtype))
+    recipe = Recipe(epochs=12, batch_size=32, precision="bfloat16")
+    first = evaluate(model, digits.train)
+    history = fit(model, digits, recipe, loss=loss)
+    names = ("gradient", "weight", "quantized", "loss")
+    assert {name: seen[name] for name in names} == {key: {torch.float32} for key in names}
+    assert seen[True] == {torch.bfloat16}
+    assert seen[False] == {torch.float32}
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert history.train == evaluate(model, digits.train)
+    assert history.train.loss < 0.9 * first.loss
+
+
+def test_half_precision_needs_a_gpu(classes):
+    with pytest.raises(ValueError, match=r"'float16' needs a GPU.*'bfloat16'"):
+        fit(mlp(4, [], 3), classes, replace(SHORT, precision="float16"))
+
+
+# The end of training
+
+
+def test_codes_are_averaged_from_their_share_of_the_steps_on(classes):
+    recipe = replace(HAND, average_codes_from=0.4)  # 9 steps: from the fifth, counted from 1, on
+
+    def step(model, optimizer, inputs, targets, number):
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        if number >= 4:
+            average.update()
+
+    model = quantize_weights(mlp(4, [5], 3, seed=0), 2)
+    last, twin = copy.deepcopy(model), copy.deepcopy(model)
+    history = fit(model, classes, recipe, seed=2)
+    average = CodeAverage(twin)
+    by_hand(twin, classes, recipe, 2, step)
+    average.round()
+    assert average.updates == 5
+    assert torch.equal(state(model), state(twin))
+    assert history.train == evaluate(model, classes)
+    iterate = fit(last, classes, replace(recipe, average_codes_from=None), seed=2)
+    assert not torch.equal(state(model), state(last))
+    np.testing.assert_array_equal(history.train_loss, iterate.train_loss)  # of the iterates
+
+
+def test_an_average_has_at_least_the_last_step(classes):
+    model = quantize_weights(mlp(4, [5], 3, seed=0), 2)
+    twin = copy.deepcopy(model)
+    fit(model, classes, replace(HAND, average_codes_from=0.999))
+    fit(twin, classes, HAND)
+    for name, code in codes(twin).items():
+        assert torch.equal(codes(model)[name], code)
+
+
+def test_batch_norm_is_estimated_anew_at_the_end(digits):
+    recipe = Recipe(epochs=3, batch_size=32, learning_rate=0.5, reestimate_batch_norm=True)
+    model, twin = digits_nin(bits=4), digits_nin(bits=4)
+    history = fit(model, digits, recipe)
+    moving = fit(twin, digits, replace(recipe, reestimate_batch_norm=False))
+    assert not torch.equal(state(model), state(twin))
+    reestimate_batch_norm(twin, digits.train)
+    assert torch.equal(state(model), state(twin))
+    assert history.kept_epoch == moving.kept_epoch
+    assert history.train == evaluate(twin, digits.train) != moving.train
+    assert history.validation == evaluate(twin, digits.validation)
 
 
 # What is kept, and when training stops
@@ -478,6 +669,14 @@ def test_targets_of_another_shape_are_refused():
     data = torch.randn(4, 3), torch.randn(4)  # mse_loss would compare all pairs
     with pytest.raises(ValueError, match="one shape and type"):
         fit(nn.Linear(3, 1), data, SHORT, loss=mse_loss)
+
+
+def test_an_objective_per_sample_is_refused(classes):
+    def each(model, inputs, outputs, targets):
+        return cross_entropy(outputs, targets, reduction="none")
+
+    with pytest.raises(ValueError, match=r"objective must return one number .* shape \(8,\)"):
+        fit(mlp(4, [], 3), classes, SHORT, objective=each)
 
 
 def test_a_loss_per_sample_is_refused(classes):
