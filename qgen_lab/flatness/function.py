@@ -54,7 +54,7 @@ def _divergence(f: Tensor, g: Tensor) -> Tensor:
 
 def _softmax_root(f: Tensor, u: Tensor) -> Tensor:
     """Apply S = diag(sqrt p) (1 - sqrt p sqrt p'), for which S S' = diag p - p p'."""
-    root = functional.softmax(f, -1).sqrt()
+    root = (functional.log_softmax(f, -1) / 2).exp()  # has a derivative where p underflows
     return root * (u - root * (root * u).sum(-1, keepdim=True))
 
 
@@ -109,7 +109,7 @@ class WeightFunction:
 
     def channel_dim(self, name: str) -> int:
         """Dimension of a layer's weight that counts its output channels."""
-        return int(isinstance(self.network.get_submodule(name), _ConvTransposeNd))
+        return channel_dim(self.network.get_submodule(name))
 
     @property
     def samples(self) -> int:
@@ -175,7 +175,7 @@ def weight_function(
     batches = _batches(data, batch_size, like=next(iter(weights.values())))
     with torch.no_grad():
         outputs = [network(x) for x, _ in batches]
-    fitted = [(x, _fitted_targets(f, y, loss)) for f, (x, y) in zip(outputs, batches, strict=True)]
+    fitted = [(x, fitted_targets(f, y, loss)) for f, (x, y) in zip(outputs, batches, strict=True)]
     losses = [LOSSES[loss].value(f, y) for f, (_, y) in zip(outputs, fitted, strict=True)]
     value = torch.cat(losses).double().mean().item()
     if not math.isfinite(value):
@@ -199,11 +199,21 @@ def _still_copy(model: nn.Module, batch_norm: str) -> nn.Module:
 
 def _layer_weights(network: nn.Module) -> dict[str, Tensor]:
     """Weights of linear and convolution layers by layer name."""
+    return {name: layer.weight.detach() for name, layer in weight_layers(network).items()}
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and convolution layers by name."""
     return {
-        name: layer.weight.detach()
-        for name, layer in network.named_modules()
+        name: layer
+        for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | _ConvNd)
     }
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """Dimension of a layer's weight that counts its output channels."""
+    return int(isinstance(layer, _ConvTransposeNd))
 
 
 def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -229,7 +239,7 @@ def _batches(data, batch_size: int, like: Tensor) -> list[tuple[Tensor, Tensor]]
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
-def _fitted_targets(f: Tensor, y: Tensor, loss: str) -> Tensor:
+def fitted_targets(f: Tensor, y: Tensor, loss: str) -> Tensor:
     """Targets as real numbers in the shape of the outputs, classes as one-hot rows."""
     if loss == "cross_entropy" and f.ndim != 2:
         raise ValueError(f"cross_entropy needs outputs (samples, classes), got {tuple(f.shape)}")

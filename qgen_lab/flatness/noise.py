@@ -14,13 +14,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
+from torch.nn.utils import parametrize
 
 from qgen_lab import qat
 from qgen_lab.flatness.function import (
+    LOSSES,
     WeightFunction,
+    channel_dim,
     check_at_least,
     check_choice,
+    fitted_targets,
     weight_function,
+    weight_layers,
 )
 
 EXACT_LIMIT = 2**25
@@ -301,6 +306,100 @@ def _squared_norms(row: dict[str, Tensor], deviations: Scales) -> Tensor:
 
 
 @dataclass(frozen=True)
+class NoisePenalty:
+    """Objective for `qgen_lab.qat.fit`: the loss plus R(Delta) of Eq. 7, in place of noise.
+
+    Of R(Delta) each call takes an unbiased estimate from one pullback of the batch, with one vector
+    of random signs a sample, and differentiates it again. As for dropout, signs come from PyTorch's
+    global random state, which `fit` seeds.
+
+    Parameters
+    ----------
+    bin_widths : float, or mapping of layer name to float or Tensor
+        As in `noise_regularizer`; a mapping names the layers. Layers have plain weights.
+    loss : {"cross_entropy", "squared"}
+        As in `noise_regularizer`.
+    strength : float
+        Factor on R(Delta); 1 is Eq. 7. With 0 only the loss is left.
+    relative : bool
+        Bin widths in units of the standard deviation of the layer's weights at that moment, which
+        is not differentiated. Absolute widths lose their meaning under batch norm, where weights
+        can grow at no cost.
+
+    Raises
+    ------
+    ValueError
+        For an unknown loss, or a strength that is negative or not finite. When called, for layers
+        that are not there or are quantized, bin widths that are negative or not finite, and
+        targets that do not match the outputs.
+
+    Notes
+    -----
+    With the Jacobian J of all outputs of a batch of N samples, the Hessian ``S S'`` of their summed
+    loss in the outputs, and random signs u, ``E |Sigma^(1/2) J' S u|^2 / (2 N)`` is R(Delta). In
+    training mode J includes the batch statistics of batch norm.
+
+    Examples
+    --------
+    >>> from qgen_lab.data import load_dataset
+    >>> from qgen_lab.qat import Recipe, fit, nin
+    >>> model = nin(2, 8, in_channels=1, base_width=1, seed=0)
+    >>> penalty = NoisePenalty(0.5, relative=True)
+    >>> history = fit(model, load_dataset("digits"), Recipe(epochs=1), objective=penalty)
+    """
+
+    bin_widths: BinWidths
+    loss: str = "cross_entropy"
+    strength: float = 1.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"strength = {self.strength}: must be finite and not negative")
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, outputs: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Return the mean loss of a batch plus `strength` times the estimate, a scalar."""
+        loss = LOSSES[self.loss]
+        value = loss.value(outputs, fitted_targets(outputs, targets, self.loss)).mean()
+        if self.strength == 0:
+            return value
+        layers = self._layers(model)
+        signs = _signs(outputs, None)
+        rows = torch.autograd.grad(
+            outputs,
+            [layer.weight for layer in layers.values()],
+            loss.hessian_root(outputs, signs),
+            create_graph=True,
+        )
+        widths = [self._bin_width(name, layer) for name, layer in layers.items()]
+        norms = [(row * d).square().sum() for row, d in zip(rows, widths, strict=True)]
+        return value + self.strength / (24 * len(outputs)) * torch.stack(norms).sum()
+
+    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers whose weights carry noise, shared weights once."""
+        available = weight_layers(model)
+        named = list(self.bin_widths if isinstance(self.bin_widths, Mapping) else available)
+        unknown = [name for name in named if name not in available]
+        if unknown or not named:
+            raise ValueError(
+                f"no layers named {unknown}: linear and convolution layers are {list(available)}"
+            )
+        if any(parametrize.is_parametrized(available[name]) for name in named):
+            raise ValueError("the model's layers are quantized: a penalty is for plain weights")
+        once = {id(available[name].weight): name for name in reversed(named)}
+        return {name: available[name] for name in reversed(once.values())}
+
+    def _bin_width(self, name: str, layer: nn.Module) -> Tensor:
+        """Bin width of a layer, in the units of its weights."""
+        weight = layer.weight.detach()
+        width = _broadcast_bin_width(name, self.bin_widths, weight, channel_dim(layer))
+        return width * weight.std(correction=0) if self.relative else width
+
+
+@dataclass(frozen=True)
 class NoiseResponse:
     """What noise on the weights does to a model, measured by evaluating it.
 
@@ -454,22 +553,26 @@ def _default(argument: str, given, of_quantized: Mapping[str, Tensor]):
 
 def _broadcast_bin_widths(function: WeightFunction, bin_widths: BinWidths) -> Scales:
     """Bin width of each layer, shaped to multiply its weights."""
-    widths = {}
-    for name, weight in function.weights.items():
-        given = bin_widths[name] if isinstance(bin_widths, Mapping) else bin_widths
-        width = torch.as_tensor(given, dtype=weight.dtype, device=weight.device).detach()
-        if not bool(((width >= 0) & width.isfinite()).all()):
-            raise ValueError(f"bin_widths[{name!r}] = {given}: must be finite and not negative")
-        channels = function.channel_dim(name)
-        if width.dim() == 1 and len(width) == weight.shape[channels]:
-            width = width.view([-1 if i == channels else 1 for i in range(weight.dim())])
-        elif width.dim():
-            raise ValueError(
-                f"bin_widths[{name!r}] has shape {tuple(width.shape)}: give one number, or one for "
-                f"each of the {weight.shape[channels]} output channels"
-            )
-        widths[name] = width
-    return widths
+    return {
+        name: _broadcast_bin_width(name, bin_widths, weight, function.channel_dim(name))
+        for name, weight in function.weights.items()
+    }
+
+
+def _broadcast_bin_width(name: str, bin_widths: BinWidths, weight: Tensor, channels: int) -> Tensor:
+    """Bin width of one layer, whose dimension `channels` counts its output channels."""
+    given = bin_widths[name] if isinstance(bin_widths, Mapping) else bin_widths
+    width = torch.as_tensor(given, dtype=weight.dtype, device=weight.device).detach()
+    if not bool(((width >= 0) & width.isfinite()).all()):
+        raise ValueError(f"bin_widths[{name!r}] = {given}: must be finite and not negative")
+    if width.dim() == 1 and len(width) == weight.shape[channels]:
+        width = width.view([-1 if i == channels else 1 for i in range(weight.dim())])
+    elif width.dim():
+        raise ValueError(
+            f"bin_widths[{name!r}] has shape {tuple(width.shape)}: give one number, or one for "
+            f"each of the {weight.shape[channels]} output channels"
+        )
+    return width
 
 
 def _fitting_delta(function: WeightFunction, delta: Mapping[str, Tensor]) -> Scales:

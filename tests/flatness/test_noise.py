@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 from functools import cache
 
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from qgen_lab import qat
 from qgen_lab.data import load_dataset
-from qgen_lab.flatness import noise, noise_regularizer, noise_response
+from qgen_lab.flatness import NoisePenalty, noise, noise_regularizer, noise_response
 
 LOSSES = ("squared", "cross_entropy")
 DIGITS = load_dataset("digits").train.take(torch.arange(96))
@@ -366,3 +367,128 @@ def test_bad_arguments(arguments, message):
 def test_bad_noise(arguments, message):
     with pytest.raises(ValueError, match=message):
         noise_response(build("tanh")[0], DIGITS, **arguments)
+
+
+def small(normalized: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A network of three outputs and two samples: 64 patterns of signs."""
+    with qat.models.seeded(3):
+        norm = nn.BatchNorm1d(4) if normalized else nn.Identity()
+        model = nn.Sequential(nn.Linear(5, 4), norm, nn.Tanh(), nn.Linear(4, 3)).double()
+        return model, torch.randn(2, 5).double(), torch.tensor([2, 0])
+
+
+def mean_over_signs(monkeypatch, model, inputs, targets, penalty: NoisePenalty) -> torch.Tensor:
+    """The objective, averaged over every pattern of signs."""
+    patterns = itertools.product([-1.0, 1.0], repeat=6)
+    values = []
+    for pattern in patterns:
+        signs = torch.tensor(pattern).double().view(2, 3)
+        monkeypatch.setattr(noise, "_signs", lambda like, generator, signs=signs: signs)
+        values.append(penalty(model, inputs, model(inputs), targets))
+    monkeypatch.undo()
+    return torch.stack(values).mean()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_mean_penalty_is_equation_7(monkeypatch, loss, normalized):
+    model, inputs, targets = small(normalized)
+    widths = {"0": torch.tensor([0.1, 0.2, 0.3, 0.4]), "3": 0.5}
+    penalty = NoisePenalty(widths, loss=loss, strength=2.0)
+    found = mean_over_signs(monkeypatch, model, inputs, targets, penalty).item()
+    exact = noise_regularizer(
+        model, (inputs, targets), widths, loss=loss, batch_norm="batch" if normalized else "frozen"
+    )
+    assert found == pytest.approx(exact.value + 2 * exact.total, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_of_mean_penalty_is_that_of_equation_7(monkeypatch, loss):
+    """Central differences of the exact value, which share no derivative with the penalty."""
+    model, inputs, targets = small(normalized=False)
+    penalty = NoisePenalty(0.7, loss=loss, relative=True)
+    mean_over_signs(monkeypatch, model, inputs, targets, penalty).backward()
+    # not differentiated, so held still here
+    widths = {name: 0.7 * model[int(name)].weight.std(correction=0).item() for name in ("0", "3")}
+
+    def exact() -> float:
+        found = noise_regularizer(model, (inputs, targets), widths, loss=loss)
+        return found.value + found.total
+
+    for name, parameter in model.named_parameters():
+        slopes, flat = [], parameter.data.view(-1)
+        for i in range(min(3, len(flat))):
+            middle, ends = flat[i].item(), []
+            for step in (1e-5, -1e-5):
+                flat[i] = middle + step
+                ends.append(exact())
+            flat[i] = middle
+            slopes.append((ends[0] - ends[1]) / 2e-5)
+        assert parameter.grad.view(-1)[: len(slopes)].tolist() == pytest.approx(
+            slopes, rel=1e-5, abs=1e-8
+        ), name
+
+
+def test_training_with_the_penalty_lowers_it():
+    recipe = qat.Recipe(epochs=3, learning_rate=0.05, batch_size=32, keep="last")
+    found = {}
+    for strength in (0.0, 1.0):
+        model = qat.mlp(64, [8], 10, seed=0)
+        penalty = NoisePenalty(0.5, strength=strength)
+        qat.fit(model, DIGITS, recipe, objective=penalty)
+        found[strength] = noise_regularizer(model, DIGITS, 0.5, loss="cross_entropy").total
+    assert found[1.0] < 0.8 * found[0.0]
+    plain = qat.mlp(64, [8], 10, seed=0)
+    qat.fit(plain, DIGITS, recipe)
+    same = noise_regularizer(plain, DIGITS, 0.5, loss="cross_entropy").total
+    assert found[0.0] == pytest.approx(same, rel=1e-6)
+
+
+def test_penalty_under_batch_norm_does_not_depend_on_the_scale_if_relative():
+    model, inputs, targets = small(normalized=True)
+    model[0].bias.data.zero_()
+    larger = copy.deepcopy(model)
+    larger[0].weight.data *= 8
+    values = {}
+    for relative in (False, True):
+        for name, network in {"model": model, "larger": larger}.items():
+            network[1].eps = 1e-12
+            with qat.models.seeded(0):
+                penalty = NoisePenalty({"0": 0.3}, relative=relative)
+                values[relative, name] = penalty(network, inputs, network(inputs), targets).item()
+    assert values[True, "larger"] == pytest.approx(values[True, "model"])
+    assert values[False, "larger"] < values[False, "model"]
+
+
+def test_penalty_counts_shared_weights_once_and_stays_finite():
+    model, inputs, targets = small(normalized=False)
+    square = nn.Linear(4, 4).double()
+    tied = nn.Sequential(model[0], square, nn.Tanh(), square, model[3])
+    penalty = NoisePenalty(0.1)
+    assert list(penalty._layers(tied)) == ["0", "1", "4"]
+    model[3].weight.data *= 1e4  # probabilities underflow
+    value = NoisePenalty(0.1)(model, inputs, model(inputs), targets)
+    value.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": "hinge"}, "loss = 'hinge'.*squared"),
+        ({"strength": -1.0}, "strength = -1.0.*not negative"),
+        ({"bin_widths": {"9": 0.1}}, r"no layers named \['9'\].*\['0', '3'\]"),
+        ({"bin_widths": -0.1}, r"bin_widths\['0'\] = -0.1.*not negative"),
+    ],
+)
+def test_bad_penalty(arguments, message):
+    model, inputs, targets = small(normalized=False)
+    with pytest.raises(ValueError, match=message):
+        NoisePenalty(**{"bin_widths": 0.1} | arguments)(model, inputs, model(inputs), targets)
+
+
+def test_penalty_refuses_quantized_layers():
+    model, inputs, targets = small(normalized=False)
+    quantized = qat.quantize_weights(model, 4)
+    with pytest.raises(ValueError, match="are quantized: a penalty is for plain weights"):
+        NoisePenalty(0.1)(quantized, inputs, quantized(inputs), targets)
