@@ -370,11 +370,11 @@ def test_bad_noise(arguments, message):
 
 
 def small(normalized: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A network of three outputs and two samples: 64 patterns of signs."""
+    """A network of two outputs and three samples: 64 patterns of signs."""
     with qat.models.seeded(3):
         norm = nn.BatchNorm1d(4) if normalized else nn.Identity()
-        model = nn.Sequential(nn.Linear(5, 4), norm, nn.Tanh(), nn.Linear(4, 3)).double()
-        return model, torch.randn(2, 5).double(), torch.tensor([2, 0])
+        model = nn.Sequential(nn.Linear(5, 4), norm, nn.Tanh(), nn.Linear(4, 2)).double()
+        return model, torch.randn(3, 5).double(), torch.tensor([1, 0, 0])
 
 
 def mean_over_signs(monkeypatch, model, inputs, targets, penalty: NoisePenalty) -> torch.Tensor:
@@ -382,7 +382,7 @@ def mean_over_signs(monkeypatch, model, inputs, targets, penalty: NoisePenalty) 
     patterns = itertools.product([-1.0, 1.0], repeat=6)
     values = []
     for pattern in patterns:
-        signs = torch.tensor(pattern).double().view(2, 3)
+        signs = torch.tensor(pattern).double().view(3, 2)
         monkeypatch.setattr(noise, "_signs", lambda like, generator, signs=signs: signs)
         values.append(penalty(model, inputs, model(inputs), targets))
     monkeypatch.undo()
