@@ -1,7 +1,7 @@
 """Train thin ResNet-18 on real CIFAR-10 at four precisions, every run with its twins.
 
 `QGEN_DATA=folder python book/results/cifar_resnet/run.py` trains what is missing and writes the
-tables beside this file once all runs are whole. Runs that share a seed share their 8,000 training
+tables beside this file once all runs are whole. Runs that share a seed share their 4,000 training
 images, initial weights, order of the samples and budget; they differ in the bits alone (32 means
 full precision). The recipe is the paper's for residual networks, its 200 epochs shortened to 8.
 """
@@ -35,7 +35,7 @@ PARTS = HERE / "parts"  # finished runs, until all are there; not in git
 BITS = (32, 8, 4, 2)
 SEEDS = (0, 1, 2)
 MODEL = {"name": "resnet18", "base_width": 16}
-DATA = {"name": "cifar10", "size": 8000}
+DATA = {"name": "cifar10", "size": 4000}
 RECIPE = replace(recipes["qgen-resnet"], epochs=8, milestones=(3, 6))
 
 
