@@ -51,14 +51,15 @@ EASY = [  # weights, instances, sweeps, restarts in each half
     (40, 2000, 1000, 16),
     (60, 800, 1000, 32),
 ]
-HARD = [*EASY[:3], (40, 1200, 1000, 64)]
-HARDEST = [(5, 3000, 300, 32), (10, 1000, 4000, 32), (15, 300, 8000, 48)]
+HARDER = [(n, 6 * count // 10, *search) for n, count, *search in EASY[:4]]
+HARD = [*HARDER[:3], (40, 720, 1000, 64)]
+HARDEST = [(5, 2000, 300, 32), (10, 600, 4000, 32), (15, 120, 8000, 48)]
 LARGE = [(400, 24, 1000, 1), (400, 24, 20_000, 1)]
 ANNEALED = {
     "A": [*EASY, *LARGE],
     "B": [*HARD, *LARGE],
-    "C": EASY[:4],
-    "D": [*EASY[:4], *LARGE],
+    "C": HARDER,
+    "D": [*HARDER, *LARGE],
     "E": HARDEST,
 }
 TEMPERED = [  # problem, weights, instances, measured sweeps
