@@ -1,6 +1,18 @@
 """Quantization-aware training: quantizers, models and the training loop."""
 
-from qgen_lab.qat.models import MODELS, build_model, mlp, nin
+from qgen_lab.qat.ensemble import Ensemble, Member, fit_ensemble
+from qgen_lab.qat.models import (
+    MODELS,
+    WeightsMissing,
+    build_model,
+    mlp,
+    nin,
+    resnet18,
+    resnet50,
+    timm_model,
+    torchvision_model,
+    vit,
+)
 from qgen_lab.qat.quantizers import (
     LSQ,
     FixedCodebook,
@@ -23,11 +35,14 @@ __all__ = [
     "MODELS",
     "Cooldown",
     "Diverged",
+    "Ensemble",
     "Evaluation",
     "FixedCodebook",
     "History",
+    "Member",
     "Quantizer",
     "Recipe",
+    "WeightsMissing",
     "accuracy",
     "bake",
     "bin_widths",
@@ -36,6 +51,7 @@ __all__ = [
     "codes",
     "evaluate",
     "fit",
+    "fit_ensemble",
     "learning_rates",
     "mlp",
     "nin",
@@ -43,5 +59,10 @@ __all__ = [
     "quantization_noise",
     "quantize_weights",
     "recipes",
+    "resnet18",
+    "resnet50",
     "step_sizes",
+    "timm_model",
+    "torchvision_model",
+    "vit",
 ]
