@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from qgen_lab.qat import kernels
-from qgen_lab.qat.quantizers import LSQ, Quantizer
+from qgen_lab.qat.quantizers import LSQ, Slot, quantized_slots
+from qgen_lab.qat.quantizers.base import Sharing
 
 __all__ = ["CodeAverage"]
 
@@ -49,7 +49,7 @@ class CodeAverage:
 
     def __init__(self, model: nn.Module) -> None:
         self.updates = 0
-        self._layers = {name: _Layer(held) for name, held in _parametrizations(model)}
+        self._layers = {name: _Layer(slot) for name, slot in _slots(model)}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -116,43 +116,40 @@ class CodeAverage:
         return f"CodeAverage(updates={self.updates}, share_moving={self.share_moving:.4f})"
 
 
-def _parametrizations(model: nn.Module) -> Iterator[tuple[str, parametrize.ParametrizationList]]:
-    """Name and parametrization of each quantized weight; of layers that share one, the first."""
+def _slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Each quantized weight by the name of its layer; of layers that share one, the first."""
     seen = set()
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for tensor, held in module.parametrizations.items():
-                if isinstance(held[0], Quantizer) and id(held.original) not in seen:
-                    seen.add(id(held.original))
-                    yield f"{name}.{tensor}" if name else tensor, held
+    for name, slot in quantized_slots(model).items():
+        if id(slot.quantizer) not in seen:
+            seen.add(id(slot.quantizer))
+            yield name, slot
 
 
 class _Layer:
     """Sums, last codes and movement of one layer's weights, laid out in memory as the weights."""
 
-    def __init__(self, held: parametrize.ParametrizationList) -> None:
-        self.held = held
-        weight = held.original.detach()
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
         # Sums of integers stay exact in float64.
-        self.sums = torch.zeros_like(weight, dtype=torch.float64)
-        self.codes = torch.zeros_like(weight, dtype=torch.int32)
-        self.moved = torch.zeros_like(weight, dtype=torch.bool)
+        self.sums = torch.zeros_like(slot.original, dtype=torch.float64)
+        self.codes = torch.zeros_like(slot.original, dtype=torch.int32)
+        self.moved = torch.zeros_like(slot.original, dtype=torch.bool)
 
     def update(self, first: bool) -> None:
         """Add the quantized weights in units of the step; mark the codes that changed."""
-        weight, quantizer = self.held.original.detach(), self.held[0]
+        weight, quantizer = self.slot.original, self.slot.quantizer
         if weight.stride() != self.sums.stride():  # training may have changed the memory format
             self.load(self.state())
         if first:
             self.codes.copy_(quantizer.code(weight))
-        if type(quantizer) is LSQ and _runs_of_steps(weight, quantizer):
+        if type(quantizer) is LSQ and _loops_apply(weight, quantizer):
             loop = _add_signs if quantizer.bits == 1 else _add_codes
             arrays = (weight, quantizer.step_size, self.sums, self.codes, self.moved)
-            loop(quantizer.bits, *(kernels._flat(array) for array in arrays))
+            loop(quantizer.low, quantizer.high, *(kernels._flat(array) for array in arrays))
             return
         training = quantizer.training
         quantizer.eval()  # what is deployed: no noise
-        self.sums += quantizer(weight) / _per_weight(quantizer, weight)
+        self.sums += quantizer(weight) / self.steps()
         code = quantizer.code(weight)
         quantizer.train(training)
         self.moved |= code != self.codes
@@ -160,37 +157,35 @@ class _Layer:
 
     def put(self, updates: int) -> None:
         """Make the mean the float weight."""
-        weight = self.held.original
-        weight.copy_(self.sums / updates * _per_weight(self.held[0], weight))
+        self.slot.original.copy_(self.sums / updates * self.steps())
+
+    def steps(self) -> Tensor:
+        """The step, shaped so that it broadcasts over the weights."""
+        weight, quantizer = self.slot.original, self.slot.quantizer
+        step = quantizer.step_size.to(weight.device)
+        if step.dim() == 0:
+            return step
+        sharing = getattr(quantizer, "sharing", None)
+        sharing = sharing or Sharing(weight, self.slot.channel_dim, step.numel())
+        return sharing.spread(step, weight)
 
     def state(self) -> dict[str, Tensor]:
         return {"sums": self.sums.clone(), "codes": self.codes.clone(), "moved": self.moved.clone()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        like = self.held.original.detach()
         for name, value in state.items():
-            setattr(self, name, torch.empty_like(like, dtype=value.dtype).copy_(value))
+            like = torch.empty_like(self.slot.original, dtype=value.dtype)
+            setattr(self, name, like.copy_(value))
 
 
-def _runs_of_steps(weight: Tensor, quantizer: LSQ) -> bool:
+def _loops_apply(weight: Tensor, quantizer: LSQ) -> bool:
     """Whether the loops below can be used: each step belongs to one run of the memory."""
-    return kernels.plain(weight) and kernels.dense(weight) and quantizer.channel_dim in (None, 0)
-
-
-def _per_weight(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    """The step, shaped so that it broadcasts over the weights."""
-    step = quantizer.step_size.to(weight.device)
-    if step.dim() == 0:
-        return step
-    dim = getattr(quantizer, "channel_dim", None) or 0
-    shape = [1] * weight.dim()
-    shape[dim] = -1
-    return step.repeat_interleave(weight.shape[dim] // step.numel()).view(shape)
+    return kernels.plain(weight) and kernels.dense(weight) and quantizer.sharing.in_runs(weight)
 
 
 @kernels._compiled
-def _add_codes(bits, weight, step, sums, codes, moved):
-    low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
+def _add_codes(low, high, weight, step, sums, codes, moved):
+    low, high = np.float32(low), np.float32(high)
     run = weight.size // step.size
     for c in range(step.size):
         here = slice(c * run, (c + 1) * run)
@@ -204,7 +199,7 @@ def _add_codes(bits, weight, step, sums, codes, moved):
 
 
 @kernels._compiled
-def _add_signs(bits, weight, step, sums, codes, moved):
+def _add_signs(low, high, weight, step, sums, codes, moved):
     for i in range(weight.size):
         sign = np.int32(1) if weight[i] >= 0 else np.int32(-1)
         sums[i] += sign

@@ -226,7 +226,7 @@ def test_memory_format_may_change_along_the_way():
 def test_compiled_loops_do_what_the_plain_operations_do(bits, per_channel, monkeypatch):
     states = []
     for compiled in (True, False):
-        monkeypatch.setattr(averaging, "_runs_of_steps", lambda *_, use=compiled: use)
+        monkeypatch.setattr(averaging, "_loops_apply", lambda *_, use=compiled: use)
         model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1))
         torch.nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(1))
         torch.nn.init.normal_(model[1].weight, generator=torch.Generator().manual_seed(2))
@@ -250,12 +250,38 @@ def test_loops_agree_with_plain_numpy(name):
     ratio = weight / np.repeat(step, 8)
     code = np.rint(np.clip(ratio, -2, 1)) if name == "_add_codes" else np.where(ratio < 0, -1, 1)
     expected = sums + code, code.astype(np.int32), moved | (code != last)
-    getattr(averaging, name)(2, weight, step, sums, last, moved)
+    getattr(averaging, name)(-2, 1, weight, step, sums, last, moved)
     for found, value in zip((sums, last, moved), expected, strict=True):
         np.testing.assert_array_equal(found, value)
 
 
-def test_double_precision_and_grouped_dimensions_use_plain_operations():
+def test_blocks_of_channels_that_share_a_step_are_averaged_in_its_unit():
+    model = nn.Sequential(nn.Linear(4, 6))
+    quantize_weights(model, 2, quantizer=lambda weight, bits, _: LSQ(weight, bits, groups=3))
+    average, generator, stack = CodeAverage(model), torch.Generator().manual_seed(0), []
+    for _ in range(5):
+        wander(model, generator)
+        average.update()
+        stack.append(codes(model)["0"].double())
+    average.round()
+    assert torch.equal(codes(model)["0"].double(), torch.stack(stack).mean(0).round())
+
+
+def test_attention_is_averaged_too():
+    model = quantize_weights(nn.TransformerEncoderLayer(8, 2, 16), 2)
+    average, generator, stack = CodeAverage(model), torch.Generator().manual_seed(0), []
+    for _ in range(5):
+        wander(model, generator)
+        average.update()
+        stack.append(codes(model))
+    average.round()
+    assert "self_attn.in_proj" in codes(model)
+    for name, code in codes(model).items():
+        mean = torch.stack([past[name].double() for past in stack]).mean(0)
+        assert torch.equal(code.double(), mean.round()), name
+
+
+def test_double_precision_uses_plain_operations():
     model = quantize_weights(network().double(), 2, per_channel=True)
     assert not kernels.plain(model[0].parametrizations.weight.original)
     average, means, _ = average_by_hand(model, steps=5)
