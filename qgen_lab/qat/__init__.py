@@ -1,5 +1,6 @@
 """Quantization-aware training: quantizers, models and the training loop."""
 
+from qgen_lab.qat.checkpoints import CheckpointRefused
 from qgen_lab.qat.ensemble import Ensemble, Member, fit_ensemble
 from qgen_lab.qat.models import (
     MODELS,
@@ -33,6 +34,7 @@ from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evalu
 __all__ = [
     "LSQ",
     "MODELS",
+    "CheckpointRefused",
     "Cooldown",
     "Diverged",
     "Ensemble",

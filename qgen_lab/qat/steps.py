@@ -28,7 +28,8 @@ class Steps:
     recipe : Recipe
         How to step.
     objective : callable
-        ``objective(model, inputs, outputs, targets)`` is what a step makes smaller.
+        ``objective(model, inputs, outputs, targets)`` is what a step makes smaller. What it
+        remembers travels in `state_dict` if it has `state_dict` and `load_state_dict` itself.
     per_epoch : int
         Steps in an epoch. With 1, rates and averaging change from epoch to epoch.
 
@@ -56,6 +57,10 @@ class Steps:
             last = len(self.rates) - 1
             self.average_from = min(recipe.average_codes_from * len(self.rates), last)
 
+    def first_rate(self, epoch: int) -> float:
+        """Learning rate of an epoch's first step."""
+        return self.rates[(epoch - 1) * self.per_epoch]
+
     def take(self, epoch: int, step: int, inputs: Tensor, targets: Tensor) -> float:
         """Take one step (both counted from 1) and return the objective before it.
 
@@ -75,6 +80,24 @@ class Steps:
             if position >= self.average_from:
                 self.average.update()
         return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later steps depend on, of plain values, tensors and containers."""
+        return {name: part.state_dict() for name, part in self._with_memory().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name, part in self._with_memory().items():
+            part.load_state_dict(state[name])
+
+    def _with_memory(self) -> dict[str, Any]:
+        parts = {
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "average": self.average,
+            "objective": self.objective,
+        }
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def _differentiate(self, inputs: Tensor, targets: Tensor) -> float:
         """Leave the gradients at the parameters; return the objective."""

@@ -10,10 +10,11 @@ thread count, and every other global setting, as it finds it.
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Batches, Source, channels_last, device_of
+from qgen_lab.qat.checkpoints import Checkpoint, describe
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.steps import Objective, Steps
@@ -170,6 +172,8 @@ def fit(
     progress: bool | None = None,
     on_epoch: Callable[[int, nn.Module], None] | None = None,
     objective: Objective | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 1,
 ) -> History:
     """Train `model` in place.
 
@@ -207,6 +211,11 @@ def fit(
     objective : callable, optional
         ``objective(model, inputs, outputs, targets)``, a scalar, is what training makes smaller,
         such as the loss and a penalty. By default ``loss(outputs, targets)``.
+    checkpoint : str or Path, optional
+        File to which the state of training is written; if it is there, training goes on from it.
+        See the notes.
+    checkpoint_every : int
+        Epochs between checkpoints; after the last epoch there always is one.
 
     Returns
     -------
@@ -215,11 +224,15 @@ def fit(
     Raises
     ------
     ValueError
-        If the data are empty, or model, data and loss do not fit together.
+        If the data are empty, or model, data and loss do not fit together; or if the device cannot
+        compute in the recipe's precision.
     TypeError
         If an argument is of a wrong kind.
     Diverged
         If a loss is not finite.
+    CheckpointRefused
+        If the checkpoint and the one before it are damaged, or if it holds what could execute code,
+        or belongs to another recipe, seed, initial model or data.
 
     Notes
     -----
@@ -229,6 +242,14 @@ def fit(
 
     The learning rate is set at every step, by `learning_rates`; for an iterable of unknown length,
     once per epoch.
+
+    To go on from a checkpoint, make the same call with the same data and the model as it was at the
+    start. On a CPU the end is then equal to that of a run that was never interrupted, bit for bit,
+    but for the seconds of epochs, if all randomness comes from PyTorch's global state, as that of
+    dropout and of a shuffling DataLoader does. The checkpoint before is kept beside it as
+    ``*.previous`` and is used if the last one is damaged. An objective with a state of its own
+    needs `state_dict` and `load_state_dict`; `on_epoch` is called before the epoch's checkpoint is
+    written, so again if training was killed in between.
 
     On a CPU, models with convolutions are trained with channels last, which can halve the time of
     a step; outside the passes over the data the kernels have the layout they came with.
@@ -253,52 +274,24 @@ def fit(
             f"recipe.augmentation {recipe.augmentation!r} needs data in a Dataset; "
             "set it to 'none' and augment in the iterable instead"
         )
+    if not (isinstance(checkpoint_every, int) and checkpoint_every >= 1):
+        raise ValueError(f"checkpoint_every must be a positive integer, got {checkpoint_every!r}")
     with ExitStack() as stack:
         stack.enter_context(seeded(seed, device_of(model)))
         metrics = _check(model, training, loss, metrics)
-        bar = stack.enter_context(_bar(recipe, training, progress))
-        per_epoch = training.steps(recipe) or 1
-        steps = Steps(model, recipe, objective or _plain(loss), per_epoch)
-        generator = torch.Generator().manual_seed(seed)
-        epochs: list[_Epoch] = []
-        kept_epoch, kept_state = 0, {}
-        for number in range(1, recipe.epochs + 1):
-            start = time.perf_counter()
-            try:
-                batches = training.shuffled(recipe, generator)
-                with channels_last(model):
-                    running_loss = _train_epoch(steps, number, batches, bar)
-                    train = _evaluate(model, training.batches(), loss, metrics)
-                    valid = validation and _evaluate(model, validation.batches(), loss, metrics)
-                if not math.isfinite(train.loss):
-                    raise _NotFinite(0, train.loss, training.batches())
-            except _NotFinite as problem:
-                history = _history(epochs, kept_epoch) if epochs else None
-                raise _diverged(model, recipe, number, problem, history) from None
-            if recipe.keep == "last":
-                kept_epoch = number
-            elif not epochs or train.loss < epochs[kept_epoch - 1].train.loss:
-                kept_epoch, kept_state = number, _snapshot(model)
-            seconds = time.perf_counter() - start
-            rate = steps.rates[(number - 1) * per_epoch]
-            epochs.append(_Epoch(number, rate, running_loss, train, valid, seconds))
-            bar.set_description(f"epoch {number}/{recipe.epochs}, loss {train.loss:.3g}")
+        run = _Run(model, recipe, training, validation, loss, metrics, objective, seed)
+        file = None if checkpoint is None else Checkpoint(checkpoint, run.description())
+        if file is not None:
+            run.resume(file)
+        bar = stack.enter_context(_bar(run, progress))
+        while not run.finished:
+            run.train_epoch(bar)
+            number = len(run.epochs)
             if on_epoch is not None:
                 on_epoch(number, model)
-            if recipe.stop_at_loss is not None and train.loss <= recipe.stop_at_loss:
-                break
-        if kept_epoch < len(epochs):
-            model.load_state_dict(kept_state)
-        history = _history(epochs, kept_epoch)
-        if recipe.average_codes_from is not None:
-            steps.average.round()
-        if recipe.reestimate_batch_norm:
-            reestimate_batch_norm(model, training.data)
-        if recipe.average_codes_from is not None or recipe.reestimate_batch_norm:
-            with channels_last(model):
-                train = _evaluate(model, training.batches(), loss, metrics)
-                valid = validation and _evaluate(model, validation.batches(), loss, metrics)
-            history = replace(history, train=train, validation=valid)
+            if file is not None and (run.finished or number % checkpoint_every == 0):
+                file.save(run.state_dict())
+        history = run.end()
     model.eval()
     return history
 
@@ -353,6 +346,14 @@ class _Epoch:
     validation: Evaluation | None
     seconds: float
 
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "_Epoch":
+        """The inverse of `dataclasses.asdict`."""
+        evaluations = {
+            part: row[part] and Evaluation(**row[part]) for part in ("train", "validation")
+        }
+        return cls(**row | evaluations)
+
 
 def _history(epochs: list[_Epoch], kept_epoch: int) -> History:
     def column(part: str, name: str) -> np.ndarray:
@@ -387,22 +388,143 @@ class _NotFinite(Exception):
         self.step, self.value, self.batches = step, value, batches
 
 
+class _Run:
+    """One training run: what it is made of, and where it stands."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        training: Source,
+        validation: Source | None,
+        loss: Loss,
+        metrics: Metrics,
+        objective: Objective | None,
+        seed: int,
+    ) -> None:
+        self.model, self.recipe, self.seed = model, recipe, seed
+        self.training, self.validation = training, validation
+        self.loss, self.metrics, self.objective = loss, metrics, objective
+        self.steps = Steps(model, recipe, objective or _plain(loss), training.steps(recipe) or 1)
+        self.order = torch.Generator().manual_seed(seed)
+        self.epochs: list[_Epoch] = []
+        self.kept_epoch, self.kept_state = 0, {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the loss is low enough to stop."""
+        stop = self.recipe.stop_at_loss
+        low = stop is not None and bool(self.epochs) and self.epochs[-1].train.loss <= stop
+        return low or len(self.epochs) == self.recipe.epochs
+
+    def train_epoch(self, bar: tqdm) -> None:
+        """Train for one epoch, evaluate, and keep what is to be kept."""
+        start, number = time.perf_counter(), len(self.epochs) + 1
+        try:
+            with channels_last(self.model):
+                running_loss = self._take_steps(number, bar)
+                train, validation = self._evaluate()
+            if not math.isfinite(train.loss):
+                raise _NotFinite(0, train.loss, self.training.batches())
+        except _NotFinite as problem:
+            history = _history(self.epochs, self.kept_epoch) if self.epochs else None
+            raise _diverged(self.model, self.recipe, number, problem, history) from None
+        if self.recipe.keep == "last":
+            self.kept_epoch = number
+        elif not self.epochs or train.loss < self.epochs[self.kept_epoch - 1].train.loss:
+            self.kept_epoch, self.kept_state = number, _snapshot(self.model)
+        rate, seconds = self.steps.first_rate(number), time.perf_counter() - start
+        self.epochs.append(_Epoch(number, rate, running_loss, train, validation, seconds))
+        bar.set_description(f"epoch {number}/{self.recipe.epochs}, loss {train.loss:.3g}")
+
+    def _take_steps(self, number: int, bar: tqdm) -> float:
+        """One pass of optimizer steps; the mean of their objectives."""
+        self.model.train()
+        total, samples = 0.0, 0
+        batches = self.training.shuffled(self.recipe, self.order)
+        for step, (inputs, targets) in enumerate(batches, start=1):
+            value = self.steps.take(number, step, inputs, targets)
+            if not math.isfinite(value):
+                raise _NotFinite(step, value, [(inputs, targets)])
+            total += value * len(targets)
+            samples += len(targets)
+            bar.update()
+        return total / samples
+
+    def _evaluate(self) -> tuple[Evaluation, Evaluation | None]:
+        """The clean passes over training and validation data."""
+        train, validation = (
+            source and _evaluate(self.model, source.batches(), self.loss, self.metrics)
+            for source in (self.training, self.validation)
+        )
+        return train, validation
+
+    def end(self) -> History:
+        """Leave in the model what the recipe asks for."""
+        if self.kept_epoch < len(self.epochs):
+            self.model.load_state_dict(self.kept_state)
+        history = _history(self.epochs, self.kept_epoch)
+        if self.steps.average is not None:
+            self.steps.average.round()
+        if self.recipe.reestimate_batch_norm:
+            reestimate_batch_norm(self.model, self.training.data)
+        if self.steps.average is not None or self.recipe.reestimate_batch_norm:
+            with channels_last(self.model):
+                train, validation = self._evaluate()
+            history = replace(history, train=train, validation=validation)
+        return history
+
+    def description(self) -> dict[str, Any]:
+        """What tells this run from others, before its first step."""
+        sources = {"training data": self.training, "validation data": self.validation}
+        return describe(self.model, self.recipe, self.seed, sources) | {
+            "loss": _name(self.loss),
+            "objective": self.objective and _name(self.objective),
+            "metrics": list(self.metrics),
+            "device": self.training.device.type,
+        }
+
+    def resume(self, file: Checkpoint) -> None:
+        """Go on from the file; if there is none, write the start, so that what hinders is seen."""
+        state = file.load()
+        if state is None:
+            file.save(self.state_dict())
+        else:
+            self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, of plain values, tensors and containers."""
+        state = {
+            "model": dict(self.model.state_dict()),
+            "steps": self.steps.state_dict(),
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "kept_epoch": self.kept_epoch,
+            "kept_state": self.kept_state,
+            "order": self.order.get_state(),
+            "random": torch.get_rng_state(),
+        }
+        if self.training.device.type == "cuda":
+            state["random on GPU"] = torch.cuda.get_rng_state(self.training.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.steps.load_state_dict(state["steps"])
+        self.epochs = [_Epoch.from_dict(row) for row in state["epochs"]]
+        self.kept_epoch, self.kept_state = state["kept_epoch"], state["kept_state"]
+        self.order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if self.training.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random on GPU"], self.training.device)
+
+
 def _plain(loss: Loss) -> Objective:
     return lambda model, inputs, outputs, targets: loss(outputs, targets)
 
 
-def _train_epoch(steps: Steps, number: int, batches: Batches, bar: tqdm) -> float:
-    """One pass of optimizer steps; the mean of their objectives."""
-    steps.model.train()
-    total, samples = 0.0, 0
-    for step, (inputs, targets) in enumerate(batches, start=1):
-        value = steps.take(number, step, inputs, targets)
-        if not math.isfinite(value):
-            raise _NotFinite(step, value, [(inputs, targets)])
-        total += value * len(targets)
-        samples += len(targets)
-        bar.update()
-    return total / samples
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _evaluate(model: nn.Module, batches: Batches, loss: Loss, metrics: Metrics) -> Evaluation:
@@ -537,11 +659,12 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _bar(recipe: Recipe, training: Source, progress: bool | None) -> tqdm:
+def _bar(run: _Run, progress: bool | None) -> tqdm:
     """A bar over all steps; tqdm hides it by itself where there is no terminal."""
-    steps = training.steps(recipe)
+    steps = run.training.steps(run.recipe) or 0
     return tqdm(
-        total=steps and steps * recipe.epochs,
+        total=steps * run.recipe.epochs or None,
+        initial=steps * len(run.epochs),
         disable=None if progress is None else not progress,
         unit="step",
     )
