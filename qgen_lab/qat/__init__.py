@@ -30,10 +30,18 @@ from qgen_lab.qat.quantizers import (
 from qgen_lab.qat.recipes import Recipe, recipes
 from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evaluate, fit
+from qgen_lab.qat.transformers import (
+    BinRegularization,
+    attention_layers,
+    bin_regularizer,
+    by_head,
+    distillation,
+)
 
 __all__ = [
     "LSQ",
     "MODELS",
+    "BinRegularization",
     "CheckpointRefused",
     "Cooldown",
     "Diverged",
@@ -46,11 +54,15 @@ __all__ = [
     "Recipe",
     "WeightsMissing",
     "accuracy",
+    "attention_layers",
     "bake",
+    "bin_regularizer",
     "bin_widths",
     "bits_per_layer",
     "build_model",
+    "by_head",
     "codes",
+    "distillation",
     "evaluate",
     "fit",
     "fit_ensemble",
