@@ -127,6 +127,50 @@ def gradients(
     return grad_weight, grad_step
 
 
+def nearest(weight: Tensor, levels: Tensor, pool: Pool) -> Tensor:
+    """Return the nearest level of each weight, ties to the level of even index.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Plain and dense.
+    levels : Tensor
+        Ascending, float64, shape `(steps, levels)`: as many runs of weights, equally long, have
+        levels of their own.
+    pool : Pool
+        Where the memory of the result comes from.
+    """
+    result, memory = pool.empty_like(weight)
+    _nearest(_flat(weight), levels.detach().numpy(), memory)
+    return result
+
+
+def level_gradients(
+    weight: Tensor, levels: Tensor, grad: Tensor, learned: bool, pool: Pool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients to the weights and, if they are learned, to the levels (float64).
+
+    Parameters
+    ----------
+    weight, levels, pool
+        As for `nearest`.
+    grad : Tensor
+        Gradient to the quantized weights, plain; never written to, since others may read it.
+    learned : bool
+        Whether the levels take a gradient.
+    """
+    grad = grad.contiguous(memory_format=_memory_format(weight))
+    flat = _flat(weight), levels.detach().numpy(), _flat(grad)
+    grad_weight, grad_levels = grad, torch.empty_like(levels) if learned else None
+    two = levels.shape[1] == 2
+    if not two:
+        grad_weight, memory = pool.empty_like(weight)
+        _pass_inside(*flat, memory)
+    if learned:
+        (_two_level_gradients if two else _level_gradients)(*flat, grad_levels.numpy())
+    return grad_weight, grad_levels
+
+
 def _memory_format(tensor: Tensor) -> torch.memory_format | None:
     if tensor.is_contiguous():
         return torch.contiguous_format
@@ -193,3 +237,121 @@ def _sign_gradient(weight, grad, scale, grad_step):
         for i in range(w.size):
             total += np.float64(g[i] if w[i] >= 0 else -g[i])
         grad_step[c] = scale * total
+
+
+# Levels, even or uneven. The loops go block by block, so that passes over a block stay in cache.
+
+_BLOCK = 1024
+_FEW = 16  # so many levels are compared one by one, more of them by bisection
+
+
+@_compiled
+def _tables(levels, values, bounds):
+    """Levels in float32, and between them the largest number that goes to the lower one."""
+    for k in range(levels.size):
+        values[k] = np.float32(levels[k])
+    for k in range(levels.size - 1):
+        threshold = levels[k] / 2 + levels[k + 1] / 2
+        bound = np.float32(threshold)
+        to_upper = k % 2 == 1 and np.float64(bound) == threshold  # a tie goes to the even index
+        if np.float64(bound) > threshold or to_upper:
+            bound = np.nextafter(bound, np.float32(-np.inf))
+        bounds[k] = bound
+
+
+@_compiled
+def _count_below(bounds, w, count):
+    """Fill `count` with the number of ascending bounds that lie below each weight."""
+    for i in range(w.size):
+        count[i] = 0
+    if bounds.size <= _FEW:
+        for k in range(bounds.size):
+            bound = bounds[k]
+            for i in range(w.size):
+                count[i] += np.int32(w[i] > bound)
+        return
+    size = np.int32(bounds.size + 1)
+    while size > 1:
+        half = np.int32(size // 2)
+        for i in range(w.size):
+            count[i] += half if bounds[np.uint32(count[i] + half - 1)] < w[i] else np.int32(0)
+        size -= half
+
+
+@_compiled
+def _nearest(weight, levels, result):
+    n, run = levels.shape[1], weight.size // len(levels)
+    values, bounds = np.empty(n, np.float32), np.empty(n - 1, np.float32)
+    count = np.empty(_BLOCK, np.int32)
+    for c in range(len(levels)):
+        _tables(levels[c], values, bounds)
+        for start in range(c * run, (c + 1) * run, _BLOCK):
+            stop = min(start + _BLOCK, (c + 1) * run)
+            w, out = weight[start:stop], result[start:stop]
+            if n <= _FEW:
+                first = values[0]
+                for i in range(w.size):
+                    out[i] = first if w[i] == w[i] else w[i]  # not-a-number passes through
+                for k in range(n - 1):
+                    bound, value = bounds[k], values[k + 1]
+                    for i in range(w.size):
+                        out[i] = value if w[i] > bound else out[i]
+            else:
+                _count_below(bounds, w, count)
+                for i in range(w.size):
+                    out[i] = values[np.uint32(count[i])] if w[i] == w[i] else w[i]
+
+
+@_compiled
+def _pass_inside(weight, levels, grad, result):
+    run, zero = weight.size // len(levels), np.float32(0)
+    for c in range(len(levels)):
+        low, high = np.float32(levels[c, 0]), np.float32(levels[c, -1])
+        w, g = weight[c * run : (c + 1) * run], grad[c * run : (c + 1) * run]
+        out = result[c * run : (c + 1) * run]
+        for i in range(w.size):
+            out[i] = g[i] if (w[i] > low) & (w[i] < high) else zero
+
+
+@_compiled
+def _level_gradients(weight, levels, grad, grad_levels):
+    n, run = levels.shape[1], weight.size // len(levels)
+    values, bounds = np.empty(n, np.float32), np.empty(n - 1, np.float32)
+    # Of the interval below each level, and of the one above the last: where it begins, one over its
+    # length, the bound inside it, and what a weight beyond the levels adds.
+    begin, inverse = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
+    middle, beyond = np.full(n + 1, np.inf, np.float32), np.zeros(n + 1, np.float32)
+    beyond[0] = beyond[n] = 1
+    count = np.empty(_BLOCK, np.int32)
+    for c in range(len(levels)):
+        _tables(levels[c], values, bounds)
+        for k in range(1, n):
+            gap = values[k] - values[k - 1]
+            begin[k], middle[k] = values[k - 1], bounds[k - 1]
+            inverse[k] = 1 / gap if gap > 0 else np.float32(0)
+        values[n - 1] = np.nextafter(values[n - 1], np.float32(-np.inf))  # on it is beyond it
+        sums = np.zeros((4, n + 1))  # side by side, since one sum waits for the one before
+        for start in range(c * run, (c + 1) * run, _BLOCK):
+            stop = min(start + _BLOCK, (c + 1) * run)
+            w, g = weight[start:stop], grad[start:stop]
+            _count_below(values, w, count)
+            for i in range(w.size):
+                k = np.uint32(count[i])
+                share = (w[i] - begin[k]) * inverse[k] - np.float32(w[i] > middle[k])
+                sums[i & 3, k] += g[i] * (beyond[k] + share)
+        grad_levels[c] = sums[:, 1:].sum(0) - sums[:, :-1].sum(0)
+        grad_levels[c, 0] += 2 * sums[:, 0].sum()
+
+
+@_compiled
+def _two_level_gradients(weight, levels, grad, grad_levels):
+    run = weight.size // len(levels)
+    values, bounds = np.empty(2, np.float32), np.empty(1, np.float32)
+    for c in range(len(levels)):
+        _tables(levels[c], values, bounds)
+        w, g, bound = weight[c * run : (c + 1) * run], grad[c * run : (c + 1) * run], bounds[0]
+        lower = upper = 0.0
+        for i in range(w.size):
+            upper += np.float64(g[i]) if w[i] > bound else 0.0
+            lower += np.float64(g[i]) if w[i] <= bound else 0.0
+        grad_levels[c, 0], grad_levels[c, 1] = lower, upper

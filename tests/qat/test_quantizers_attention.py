@@ -4,14 +4,11 @@ import copy
 
 import pytest
 import torch
+from samples import normal
 from torch import nn
 
 from qgen_lab.qat import LSQ, bake, codes, quantize_weights, step_sizes
 from qgen_lab.qat.quantizers import quantized_slots
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def encoder_layer(seed=0):

@@ -19,12 +19,24 @@ from qgen_lab.qat.quantizers.attach import (
     step_sizes,
 )
 from qgen_lab.qat.quantizers.base import Quantizer, with_gradient_of
-from qgen_lab.qat.quantizers.codebooks import FixedCodebook
+from qgen_lab.qat.quantizers.codebooks import (
+    FixedCodebook,
+    FixedWidth,
+    LevelQuantizer,
+    LloydMax,
+    PowerOfTwo,
+)
 from qgen_lab.qat.quantizers.lsq import LSQ
+from qgen_lab.qat.quantizers.noise import NoiseInjection
 
 __all__ = [
     "LSQ",
     "FixedCodebook",
+    "FixedWidth",
+    "LevelQuantizer",
+    "LloydMax",
+    "NoiseInjection",
+    "PowerOfTwo",
     "Quantizer",
     "Slot",
     "bake",

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 
 from qgen_lab.codebooks import Codebook, check_bits
 from qgen_lab.qat.quantizers.base import Quantizer
-from qgen_lab.qat.quantizers.codebooks import FixedCodebook
+from qgen_lab.qat.quantizers.codebooks import FixedCodebook, LloydMax, PowerOfTwo
 from qgen_lab.qat.quantizers.lsq import LSQ
+from qgen_lab.qat.quantizers.noise import NoiseInjection
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,7 +21,12 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LayerChoice = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 # How to build each quantizer that has a name; see `Quantizer` for the protocol.
-registry: dict[str, Callable[[Tensor, int, int | None], Quantizer]] = {"lsq": LSQ}
+registry: dict[str, Callable[[Tensor, int, int | None], Quantizer]] = {
+    "lsq": LSQ,
+    "power-of-two": PowerOfTwo,
+    "lloyd-max": LloydMax,
+    "noise": NoiseInjection,
+}
 
 
 def quantize_weights(
@@ -191,8 +197,11 @@ class Slot:
 
 
 def quantized_slots(model: nn.Module) -> dict[str, Slot]:
-    """Where each quantized weight stands, by layer, in the model's order."""
-    return {name: slot for name, slot in _slots(model).items() if slot.quantizer is not None}
+    """Where each quantized weight stands, by layer, in the model's order; quantizers up to date."""
+    slots = {name: slot for name, slot in _slots(model).items() if slot.quantizer is not None}
+    for slot in slots.values():
+        slot.quantizer.follow(slot.original)
+    return slots
 
 
 def _slots(model: nn.Module) -> dict[str, Slot]:

@@ -5,51 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-
-class Quantizer(nn.Module, ABC):
-    """Quantizer of one layer's weights; the protocol that every member of `registry` follows.
-
-    A member is built by `member(weight, bits, channel_dim)`: `weight` is the float weight it starts
-    from, `channel_dim` the dimension of the output channels if each is to have a grid of its own,
-    else None. What it learns are its own `nn.Parameter` objects; they take no weight decay.
-
-    Attributes
-    ----------
-    bits : int or float
-        Binary logarithm of the number of levels.
-    rounds : bool
-        Whether the layer's weights lie on the levels in evaluation mode, as they nearly always do.
-    """
-
-    bits: float
-    rounds: bool = True
-
-    @abstractmethod
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the quantized weights, shape and dtype of `weight`, with their gradients."""
-
-    @abstractmethod
-    def code(self, weight: Tensor) -> Tensor:
-        """Return the integer (int32) that stands for each weight's level."""
-
-    @property
-    @abstractmethod
-    def step_size(self) -> Tensor:
-        """The grid's step in the weights' units, of shape `()`, or `(channels,)` per channel."""
-
-    @property
-    def bin_width(self) -> Tensor:
-        """Distance of neighbouring levels, shaped as `step_size`, which it is by default."""
-        return self.step_size
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return what becomes the float weight when someone assigns `layer.weight = weight`."""
-        return weight
-
-
-def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
-    """Return `value` exactly, with the gradient of `surrogate`."""
-    return value.detach() + (surrogate - surrogate.detach())
+from qgen_lab.qat import kernels
 
 
 class Sharing:
@@ -57,8 +13,8 @@ class Sharing:
 
     Parameters
     ----------
-    weight : Tensor
-        The weights.
+    weight : Tensor or None
+        The weights; None will do where all share a step.
     channel_dim : int or None
         Dimension of the channels; None for one step, or with `groups` for dimension 0.
     groups : int or None
@@ -70,14 +26,21 @@ class Sharing:
         If the channels do not fall into as many equal blocks.
     """
 
-    def __init__(self, weight: Tensor, channel_dim: int | None, groups: int | None = None):
-        self.dim = 0 if channel_dim is None else channel_dim
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        channel_dim: int | None = None,
+        groups: int | None = None,
+    ):
+        self.dim, self.steps, self.shape = 0, 1, ()
+        if channel_dim is None and groups is None:
+            return
+        self.dim = channel_dim or 0
         channels = weight.shape[self.dim]
         if groups is not None and not (groups >= 1 and channels % groups == 0):
             raise ValueError(f"groups = {groups}: give a divisor of the {channels} channels")
-        whole = channel_dim is None and groups is None
-        self.steps = 1 if whole else (groups or channels)
-        self.shape = () if whole else (self.steps,)
+        self.steps = channels if groups is None else groups
+        self.shape = (self.steps,)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Arrange weights as one row for each step, shape `(steps, weights that share it)`."""
@@ -98,6 +61,69 @@ class Sharing:
     def in_runs(self, weight: Tensor) -> bool:
         """Whether weights that share a step are neighbours in dense memory, as kernels need."""
         return self.dim == 0 or not self.shape
+
+    def suits_kernels(self, weight: Tensor) -> bool:
+        """Whether compiled loops can be used, which take one run of memory for each step."""
+        plain = kernels.plain(weight) and not kernels.being_transformed()
+        return plain and kernels.dense(weight) and self.in_runs(weight)
+
+
+class Quantizer(nn.Module, ABC):
+    """Quantizer of one layer's weights; the protocol that every member of `registry` follows.
+
+    A member is built by `member(weight, bits, channel_dim)`: `weight` is the float weight it starts
+    from, `channel_dim` the dimension of the output channels if each is to have a grid of its own,
+    else None. What it learns are its own `nn.Parameter` objects; they take no weight decay.
+
+    Attributes
+    ----------
+    bits : int or float
+        Binary logarithm of the number of levels.
+    rounds : bool
+        Whether the layer's weights lie on the levels in evaluation mode, as they nearly always do.
+    sharing : Sharing
+        Which weights share a step; all by default.
+    """
+
+    bits: float
+    rounds: bool = True
+    sharing: Sharing = Sharing()
+
+    @abstractmethod
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantized weights, shape and dtype of `weight`, with their gradients."""
+
+    @abstractmethod
+    def code(self, weight: Tensor) -> Tensor:
+        """Return the integer (int32) that stands for each weight's level."""
+
+    @property
+    @abstractmethod
+    def step_size(self) -> Tensor:
+        """The grid's step in the weights' units, of shape `()`, or `(channels,)` per channel."""
+
+    @property
+    def bin_width(self) -> Tensor:
+        """Distance of neighbouring levels, shaped as `step_size`, which it is by default."""
+        return self.step_size
+
+    def follow(self, weight: Tensor) -> None:
+        """Bring up to date what is read off the weights anew in each forward pass, if anything."""
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return what becomes the float weight when someone assigns `layer.weight = weight`."""
+        return weight
+
+
+def hold_above(floor: Tensor, step: Tensor) -> None:
+    """Put a learned step back on its floor, wherever the optimizer has put it."""
+    if isinstance(step, nn.Parameter) and not kernels.being_transformed():
+        step.data.clamp_(min=floor)
+
+
+def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
+    """Return `value` exactly, with the gradient of `surrogate`."""
+    return value.detach() + (surrogate - surrogate.detach())
 
 
 def magnitude_and_spread(weight: Tensor, sharing: Sharing) -> tuple[Tensor, Tensor]:

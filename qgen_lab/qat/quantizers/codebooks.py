@@ -1,33 +1,170 @@
-"""Quantizers to the nearest level of a codebook."""
+"""Quantizers to the nearest of a few levels, even or uneven, fixed or learned."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qgen_lab.codebooks import Codebook
-from qgen_lab.qat.quantizers.base import Quantizer, with_gradient_of
+from qgen_lab.codebooks import Codebook, check_bits, lloyd_max, power_of_two, uniform
+from qgen_lab.qat import kernels
+from qgen_lab.qat.quantizers.base import (
+    Quantizer,
+    Sharing,
+    hold_above,
+    magnitude_and_spread,
+    with_gradient_of,
+)
 
 
-class FixedCodebook(Quantizer):
+class _Slopes(NamedTuple):
+    """Derivatives of quantized weights, all of shape `(steps, weights that share it)`."""
+
+    code: Tensor  # the level that a weight goes to
+    other: Tensor  # the level on the weight's other side
+    passes: Tensor  # by the weight: whether it passes its gradient on
+    by_level: Tensor  # by the level at `code`
+    by_other: Tensor  # by the level at `other`
+
+
+class LevelQuantizer(Quantizer):
+    """Nearest level, with straight-through gradients: what all codebooks share.
+
+    A weight at a threshold goes to the level of even index, as in `qgen_lab.codebooks.Codebook`.
+    Weights strictly between the outer levels pass their gradient `G` on, the others get zero; with
+    two levels all pass it on.
+
+    Levels get the gradient of LSQ, carried over to uneven ones. Let a weight `w` strictly between
+    the outer levels go to the level `a`, let `b` be the level on its other side, and
+    `t = (w - a) / (b - a)`: then `a` gets `t G` and `b` gets `-t G`. A weight at or beyond an outer
+    level gives that level `G`, and with two levels each weight gives `G` to its level. For levels
+    that are multiples of a step, the step thus gets what `LSQ` says.
+    """
+
+    def __init__(self, sharing: Sharing):
+        super().__init__()
+        self.sharing = sharing
+        self._pool = kernels.Pool()
+
+    @abstractmethod
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the levels in ascending order, float64, shape `(steps, levels)`, differentiable.
+
+        One row for each part of the weights that has levels of its own.
+        """
+
+    def code(self, weight: Tensor) -> Tensor:
+        """Return the index of each weight's level, int32."""
+        rows = self.sharing.rows(weight.detach())
+        codes = _nearest(rows, self.levels_for(weight).detach())
+        return self.sharing.unrows(codes.to(torch.int32), weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return each weight's level; gradients as the class describes."""
+        levels = self.levels_for(weight)
+        if self.sharing.suits_kernels(weight):
+            return _KernelLevels.apply(weight, levels.contiguous(), self)
+        rows = self.sharing.rows(weight)
+        slopes = _slopes(rows.detach(), levels.detach())
+        values = levels.to(weight.dtype)
+        surrogate = (
+            torch.where(slopes.passes, rows, 0)
+            + slopes.by_level * values.gather(1, slopes.code)
+            + slopes.by_other * values.gather(1, slopes.other)
+        )
+        value = torch.where(rows.isnan(), rows, values.gather(1, slopes.code))
+        return self.sharing.unrows(with_gradient_of(surrogate, value), weight)
+
+
+class _KernelLevels(torch.autograd.Function):
+    """Nearest level by compiled loops; saves nothing but weights and levels."""
+
+    @staticmethod
+    def forward(ctx, weight, levels, quantizer):
+        """Quantize."""
+        ctx.save_for_backward(weight, levels)
+        ctx.quantizer = quantizer
+        return kernels.nearest(weight, levels, quantizer._pool)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Pass the gradient on to the weights and to the levels."""
+        weight, levels = ctx.saved_tensors
+        learned, sharing = ctx.needs_input_grad[1], ctx.quantizer.sharing
+        differentiated = torch.is_grad_enabled() or kernels.being_transformed()
+        if kernels.plain(grad) and not differentiated:
+            pool = ctx.quantizer._pool
+            return *kernels.level_gradients(weight, levels, grad, learned, pool), None
+        # Higher derivatives and batches of gradients: the same by ordinary operations.
+        slopes, rows = _slopes(sharing.rows(weight.detach()), levels.detach()), sharing.rows(grad)
+        grad_weight = sharing.unrows(torch.where(slopes.passes, rows, 0), weight)
+        rows = rows.double()
+        grad_levels = (
+            torch.zeros_like(levels)
+            .scatter_add(1, slopes.code, rows * slopes.by_level)
+            .scatter_add(1, slopes.other, rows * slopes.by_other)
+        )
+        return grad_weight, grad_levels if learned else None, None
+
+
+def _nearest(rows: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level of each weight, compared in float64, ties to the even index."""
+    rows = rows.double().contiguous()
+    thresholds = levels[:, :-1] / 2 + levels[:, 1:] / 2
+    upper = torch.searchsorted(thresholds, rows, right=True)
+    tied = (upper > 0) & (rows == thresholds.gather(1, (upper - 1).clamp(min=0)))
+    return upper - (tied & (upper % 2 == 1)).to(upper.dtype)
+
+
+def _slopes(rows: Tensor, levels: Tensor) -> _Slopes:
+    code = _nearest(rows, levels)
+    values, last = levels.to(rows.dtype), levels.shape[1] - 1
+    nearest = values.gather(1, code)
+    other = (code + torch.where(rows > nearest, 1, -1)).clamp(0, last)
+    gap = values.gather(1, other) - nearest
+    share = torch.where(gap == 0, 0, (rows - nearest) / torch.where(gap == 0, 1, gap))
+    passes = (rows > values[:, :1]) & (rows < values[:, -1:])
+    one = torch.ones_like(rows)
+    if last == 1:
+        return _Slopes(code, other, torch.ones_like(passes), one, torch.zeros_like(rows))
+    return _Slopes(
+        code, other, passes, torch.where(passes, share, one), torch.where(passes, -share, 0)
+    )
+
+
+class FixedCodebook(LevelQuantizer):
     """Nearest level of a codebook that does not change, with straight-through gradients.
 
-    Weights strictly between the outer levels pass their gradient on, the others get zero; with two
-    levels all pass it on. Ties as in `Codebook`. Codes count the levels from 0; the step size is
-    the mean spacing.
+    Codes count the levels from 0; the step size is the mean spacing.
 
     Parameters
     ----------
     codebook : Codebook
-        The levels, in the weights' units. They travel in `state_dict`.
+        The levels, in the weights' units, or with `relative` in units of the standard deviation of
+        the weights. They travel in `state_dict`.
+    relative : bool
+        Whether the levels scale with the standard deviation (about the mean) of the weights, which
+        every forward pass computes anew and does not differentiate.
+    sharing : Sharing, optional
+        Which weights share a standard deviation; all by default.
     """
 
-    def __init__(self, codebook: Codebook):
-        super().__init__()
+    def __init__(self, codebook: Codebook, relative: bool = False, sharing: Sharing | None = None):
+        super().__init__(sharing or Sharing())
         self.codebook = codebook
+        self.relative = relative
+        self.register_buffer("scale", torch.ones(self.sharing.shape, dtype=torch.float64), False)
 
     @classmethod
     def attach(
-        cls, codebook: Codebook, weight: Tensor, bits: int | None, channel_dim: int | None
+        cls,
+        codebook: Codebook,
+        weight: Tensor,
+        bits: int | None,
+        channel_dim: int | None,
+        relative: bool = False,
     ) -> "FixedCodebook":
         """Build the quantizer of one layer, after a check that the arguments suit the codebook."""
         if bits is not None and bits != int(np.ceil(codebook.bits)):
@@ -35,9 +172,11 @@ class FixedCodebook(Quantizer):
                 f"bits={bits} does not match a codebook of {len(codebook)} levels: "
                 f"give bits=None or {int(np.ceil(codebook.bits))}"
             )
-        if channel_dim is not None:
+        if channel_dim is not None and not relative:
             raise ValueError("per_channel=True needs a quantizer with a step; a codebook has none")
-        return cls(codebook)
+        member = cls(codebook, relative, Sharing(weight, channel_dim))
+        member.follow(weight)
+        return member
 
     @property
     def bits(self) -> float:
@@ -46,25 +185,22 @@ class FixedCodebook(Quantizer):
 
     @property
     def step_size(self) -> Tensor:
-        """Mean spacing of the levels, shape `()`."""
-        return torch.tensor(self.codebook.spacing.mean())
+        """Mean spacing of the levels, shape `()`, or `(channels,)` per channel."""
+        return self.codebook.spacing.mean() * self.scale
 
-    def code(self, weight: Tensor) -> Tensor:
-        """Return the index of each weight's level, int32."""
-        weight = weight.detach().double().contiguous()
-        thresholds = torch.tensor(self.codebook.thresholds, device=weight.device)
-        upper = torch.bucketize(weight, thresholds, right=True, out_int32=True)
-        tied = (upper > 0) & (weight == thresholds[(upper - 1).clamp(min=0)])
-        return upper - (tied & (upper % 2 == 1)).to(torch.int32)
+    def follow(self, weight: Tensor) -> None:
+        """Measure the standard deviation of the weights, if the levels are relative to it."""
+        if self.relative:
+            self.scale = self._spread(weight).view(self.sharing.shape)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return each weight's level; gradients as the class describes."""
-        levels = torch.tensor(self.codebook.levels, dtype=weight.dtype, device=weight.device)
-        passes = (weight > levels[0]) & (weight < levels[-1])
-        if len(levels) == 2:
-            passes = torch.ones_like(passes)
-        value = torch.where(weight.isnan(), weight, levels[self.code(weight)])
-        return with_gradient_of(torch.where(passes, weight, 0), value=value)
+    def _spread(self, weight: Tensor) -> Tensor:
+        spread = self.sharing.rows(weight.detach()).std(1, correction=0)
+        return spread.clamp(min=torch.finfo(weight.dtype).tiny).double()
+
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the levels, scaled to the weights if they are relative."""
+        levels = torch.tensor(self.codebook.levels, device=weight.device)[None]
+        return self._spread(weight)[:, None] * levels if self.relative else levels
 
     def get_extra_state(self) -> Tensor:
         """Return the levels, for `state_dict`."""
@@ -76,4 +212,147 @@ class FixedCodebook(Quantizer):
 
     def extra_repr(self) -> str:
         """Show the arguments in the model's printout."""
-        return f"{self.codebook}"
+        return f"{self.codebook}" + (", relative" if self.relative else "")
+
+
+@dataclass(frozen=True)
+class FixedWidth:
+    """Builder of uniform quantizers of a fixed width: the codebook `uniform(bits, width)`.
+
+    Parameters
+    ----------
+    width : float
+        Half range: the outermost levels lie at `-width` and `width`.
+    relative : bool
+        Whether `width` counts in standard deviations of the layer's weights (of each channel's with
+        `per_channel`), computed anew in each forward pass and not differentiated. Under batch norm
+        an absolute width is a free gauge, since the weights may grow or shrink against it.
+
+    Examples
+    --------
+    >>> model = quantize_weights(model, 3, FixedWidth(2.0, relative=True))  # doctest: +SKIP
+    """
+
+    width: float
+    relative: bool = False
+
+    def __call__(self, weight: Tensor, bits: int, channel_dim: int | None) -> FixedCodebook:
+        """Build the quantizer of one layer."""
+        codebook = uniform(bits, self.width)
+        return FixedCodebook.attach(codebook, weight, bits, channel_dim, self.relative)
+
+
+class PowerOfTwo(LevelQuantizer):
+    """Levels `+-s 2**-k`, `k = 0 ... 2**(bits - 1) - 1`, with a learned scale `s`; zero is none.
+
+    The scale starts where the squared error of the weights is least, up to local optima. Its
+    gradient is that of LSQ, `sum G (Q(v) - v)` over the weights inside and `sum G Q(v)` over the
+    others, with `v = w / s` and `Q(v)` the nearest level at scale one, times `1 / sqrt(n)` where
+    `n` weights share the scale. It never falls below 1% of the root mean square of the initial
+    weights. One bit is `s sign(w)`, a weight of exactly zero going to `-s`.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Float weights.
+    bits : int
+        From 1 to 8; beyond, the smallest levels vanish in float32.
+    channel_dim : int or None
+        Dimension along which each index has a scale of its own; None for one scale.
+    """
+
+    def __init__(self, weight: Tensor, bits: int, channel_dim: int | None = None):
+        super().__init__(Sharing(weight, channel_dim))
+        if check_bits(bits) > 8:
+            raise ValueError(f"bits = {bits}: powers of two take 1 to 8 bits, as 2**-255 vanishes")
+        self.bits = bits
+        floor = 0.01 * magnitude_and_spread(weight, self.sharing)[1]
+        self.register_buffer("floor", floor.to(weight.dtype))
+        self.scale = nn.Parameter(self._best_scale(weight).to(weight.dtype))
+        self.gradient_scale = (weight.numel() / self.sharing.steps) ** -0.5
+
+    def _unit_levels(self, weight: Tensor) -> Tensor:
+        return torch.tensor(power_of_two(self.bits, 1.0).levels, device=weight.device)
+
+    def _best_scale(self, weight: Tensor) -> Tensor:
+        """Alternate between the nearest levels and the scale that suits them best."""
+        rows = self.sharing.rows(weight.detach()).float().cpu().contiguous()
+        unit = self._unit_levels(rows)
+        spread = magnitude_and_spread(rows.view(*rows.shape, 1), Sharing(rows, 0))[1][:, None]
+        scale = 2 * spread
+        for _ in range(20):
+            value = kernels.nearest(rows, scale * unit, self._pool).double() / scale
+            scale = ((rows * value).sum(1) / value.square().sum(1))[:, None].clamp(0.1 * spread)
+        return scale.view(self.sharing.shape)
+
+    @property
+    def step_size(self) -> Tensor:
+        """The scale, detached, of shape `()` or `(channels,)`."""
+        return torch.maximum(self.scale.detach(), self.floor)
+
+    @property
+    def bin_width(self) -> Tensor:
+        """Mean spacing of the levels."""
+        return 2 * self.step_size / (2**self.bits - 1)
+
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the powers of two times the scale."""
+        hold_above(self.floor, self.scale)
+        scale = with_gradient_of(self.gradient_scale * self.scale, self.step_size)
+        return scale.double().view(-1, 1) * self._unit_levels(weight)
+
+    def extra_repr(self) -> str:
+        """Show the arguments in the model's printout."""
+        return f"bits={self.bits}, steps={self.sharing.steps}"
+
+
+class LloydMax(LevelQuantizer):
+    """Uneven levels, each of them learned.
+
+    They start at the levels of least squared error for the weights (Lloyd-Max); where there are
+    fewer distinct weights than levels, at those for Gaussian weights of the same mean square. Their
+    gradients, as in `LevelQuantizer`, are scaled by `sqrt(levels / n)`, where `n` weights share the
+    levels. Training may move levels past one another: their order in the parameter means nothing.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Float weights.
+    bits : int
+        From 1 to 8.
+    channel_dim : int or None
+        Dimension along which each index has levels of its own; None for one set.
+    """
+
+    def __init__(self, weight: Tensor, bits: int, channel_dim: int | None = None):
+        super().__init__(Sharing(weight, channel_dim))
+        if check_bits(bits) > 8:
+            raise ValueError(f"bits = {bits}: learned levels take 1 to 8 bits")
+        self.bits = bits
+        rows = self.sharing.rows(weight.detach()).double().cpu().numpy()
+        spread = magnitude_and_spread(weight, self.sharing)[1].reshape(-1)
+        start = [_lloyd_max_levels(bits, *pair) for pair in zip(rows, spread.tolist(), strict=True)]
+        levels = torch.tensor(np.array(start), dtype=weight.dtype, device=weight.device)
+        self.levels = nn.Parameter(levels.view(*self.sharing.shape, 2**bits))
+        self.gradient_scale = (2**bits / rows.shape[1]) ** 0.5
+
+    @property
+    def step_size(self) -> Tensor:
+        """Mean spacing of the levels, detached, of shape `()` or `(channels,)`."""
+        levels = self.levels.detach()
+        return (levels.amax(-1) - levels.amin(-1)) / (2**self.bits - 1)
+
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the levels in order."""
+        levels = self.levels.view(self.sharing.steps, -1).sort(1).values
+        return with_gradient_of(self.gradient_scale * levels, levels).double()
+
+    def extra_repr(self) -> str:
+        """Show the arguments in the model's printout."""
+        return f"bits={self.bits}, steps={self.sharing.steps}"
+
+
+def _lloyd_max_levels(bits: int, weights: np.ndarray, spread: float) -> np.ndarray:
+    if np.unique(weights).size < 2**bits:
+        return spread * lloyd_max(bits).levels
+    return lloyd_max(bits, weights).levels

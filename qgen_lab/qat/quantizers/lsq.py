@@ -8,6 +8,7 @@ from qgen_lab.qat import kernels
 from qgen_lab.qat.quantizers.base import (
     Quantizer,
     Sharing,
+    hold_above,
     magnitude_and_spread,
     with_gradient_of,
 )
@@ -85,10 +86,9 @@ class LSQ(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weights; gradients as the class describes."""
         step = self.step
-        if isinstance(step, nn.Parameter) and not kernels.being_transformed():
-            step.data.clamp_(min=self.floor)  # wherever the optimizer has put it
-            if kernels.plain(weight) and kernels.dense(weight) and self.sharing.in_runs(weight):
-                return _KernelLSQ.apply(weight, step, self)
+        if isinstance(step, nn.Parameter) and self.sharing.suits_kernels(weight):
+            hold_above(self.floor, step)
+            return _KernelLSQ.apply(weight, step, self)
         step = self.sharing.spread(self.step_size, weight)
         codes, passes, slope = self._round(weight.detach() / step)
         learned = self.gradient_scale * self.sharing.spread(self.step, weight)
