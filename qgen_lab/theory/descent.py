@@ -308,8 +308,10 @@ def _gradient(
             return (w @ part.T - y[rows]) @ part * (samples / len(rows))
 
         return of_batch
-    # Forming X' X costs n products with X; afterwards each step saves two and costs one with it.
-    if steps * runs * (2 * samples - n) > samples * n:
+    # Forming X' X costs n products with X, at a matrix product's speed: for one run, whose vectors
+    # wait for memory, five times faster. Afterwards each step saves two and costs one with it.
+    speed = 5 if runs == 1 else 1
+    if steps * runs * (2 * samples - n) * speed > samples * n:
         gram, target = X.T @ X, X.T @ y
         return lambda w: w @ gram - target
     if runs == 1:  # two products with a vector, which a matrix of one row is slower at
