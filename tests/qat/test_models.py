@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qgen_lab._torchvision import torchvision
-from qgen_lab.qat import quantize_weights, step_sizes
+from qgen_lab.qat import bake, parameter_groups, quantize_weights, step_sizes
 from qgen_lab.qat.models import (
     MODELS,
     WeightsMissing,
@@ -308,3 +308,22 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install qgen-lab\[vision\]"):
         build_model("timm/mobilenetv1_100")
+
+
+@pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "vit"])
+def test_somebody_elses_model_trains_bakes_and_travels(name, tmp_path):
+    kwargs, shape = SMALLEST.get(name, OF_LIBRARIES)
+    model = quantize_weights(build_model(name, **kwargs, seed=0), 4)
+    images, labels = torch.randn(6, *shape), torch.arange(6)
+    optimizer = torch.optim.SGD(parameter_groups(model, 1e-4), lr=0.01, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = model.eval()(images)
+        assert torch.equal(bake(model)(images), expected)
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        plain = build_model(name, **kwargs)
+        plain.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+        assert torch.equal(plain.eval()(images), expected)
