@@ -12,8 +12,8 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,42 +21,28 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import (
-    cross_entropy,
-    huber_loss,
-    l1_loss,
-    mse_loss,
-    nll_loss,
-    smooth_l1_loss,
-)
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Batches, Source, channels_last, device_of
 from qgen_lab.qat.checkpoints import Checkpoint, describe
+from qgen_lab.qat.divergence import Diverged, _diverged, _NotFinite
+from qgen_lab.qat.evaluation import (
+    Evaluation,
+    Loss,
+    Metrics,
+    _check,
+    _evaluate,
+    accuracy,
+    evaluate,
+)
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.steps import Objective, Steps
 
 __all__ = ["Diverged", "Evaluation", "History", "accuracy", "evaluate", "fit"]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-Metrics = Mapping[str, Loss]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss and metrics of a model over a set of `size` samples."""
-
-    loss: float
-    metrics: dict[str, float]
-    size: int
-
-    def __repr__(self) -> str:
-        values = {"loss": self.loss, **self.metrics}
-        named = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
-        return f"Evaluation({named}, size={self.size})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,45 +106,6 @@ class History:
             columns["validation_loss"] = self.validation_loss
         columns |= {f"validation_{name}": v for name, v in self.validation_metrics.items()}
         return pd.DataFrame(columns | {"seconds": self.seconds})
-
-
-class Diverged(RuntimeError):
-    """Training met a loss that is not finite.
-
-    The model is left as it was at that step.
-
-    Attributes
-    ----------
-    epoch, step : int
-        Where, both counted from 1. Step 0 is the clean pass after the epoch.
-    layer : str
-        Name of the layer where the first value that is not finite was found; ``"inputs"`` if it
-        was in the data, ``"loss"`` if only in the loss.
-    history : History or None
-        The epochs before this one, if any.
-    """
-
-    def __init__(
-        self, epoch: int, step: int, layer: str, message: str, history: History | None
-    ) -> None:
-        super().__init__(epoch, step, layer, message, history)
-        self.epoch, self.step, self.layer, self.history = epoch, step, layer, history
-
-    def __str__(self) -> str:
-        return self.args[3]
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of targets that have the largest logit.
-
-    Parameters
-    ----------
-    outputs : Tensor of shape (N, classes, ...)
-        Logits.
-    targets : Tensor of int, shape (N, ...)
-        Class indices.
-    """
-    return (outputs.argmax(1) == targets).float().mean()
 
 
 def fit(
@@ -296,45 +243,6 @@ def fit(
     return history
 
 
-def evaluate(
-    model: nn.Module,
-    data: Dataset | tuple[Tensor, Tensor] | Batches,
-    loss: Loss = cross_entropy,
-    metrics: Metrics | None = None,
-    batch_size: int = 256,
-) -> Evaluation:
-    """Mean loss and metrics of `model` over `data`, in evaluation mode, without augmentation.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Evaluated where it is; its mode is restored.
-    data : Dataset, (inputs, targets) tensors, or iterable of such batches
-        What to evaluate on.
-    loss, metrics : callable, dict of str to callable
-        As for `fit`. Means over batches are weighed by the size of the batch.
-    batch_size : int
-        Samples per forward pass. On a CPU a few hundred are faster than thousands.
-
-    Returns
-    -------
-    Evaluation
-
-    Raises
-    ------
-    ValueError
-        If the data are empty, or model, data and loss do not fit together.
-    TypeError
-        If `data` is of a wrong kind.
-    """
-    if isinstance(data, Splits):
-        raise TypeError("data holds several splits; give one of them, such as data.test")
-    source = Source(data, model)
-    with _modes_restored(model), seeded(0, source.device):
-        metrics = _check(model, source, loss, metrics)
-        return _evaluate(model, source.batches(batch_size), loss, metrics)
-
-
 @dataclass(frozen=True)
 class _Epoch:
     """One row of a `History`."""
@@ -379,13 +287,6 @@ def _history(epochs: list[_Epoch], kept_epoch: int) -> History:
         train=kept.train,
         validation=kept.validation,
     )
-
-
-class _NotFinite(Exception):
-    """A loss that is not finite, and the batches among which it arose."""
-
-    def __init__(self, step: int, value: float, batches: Batches) -> None:
-        self.step, self.value, self.batches = step, value, batches
 
 
 class _Run:
@@ -525,130 +426,6 @@ def _plain(loss: Loss) -> Objective:
 
 def _name(function: Callable) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _evaluate(model: nn.Module, batches: Batches, loss: Loss, metrics: Metrics) -> Evaluation:
-    """One pass in evaluation mode; means weighed by batch size, summed in float64."""
-    model.eval()
-    values, sizes = [], []
-    with torch.no_grad():
-        for inputs, targets in batches:
-            outputs = model(inputs)
-            means = [measure(outputs, targets) for measure in (loss, *metrics.values())]
-            values.append(torch.stack([torch.as_tensor(mean).double().mean() for mean in means]))
-            sizes.append(len(targets))
-    weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-    loss_mean, *metric_means = (weights @ torch.stack(values).cpu()).tolist()
-    return Evaluation(loss_mean, dict(zip(metrics, metric_means, strict=True)), sum(sizes))
-
-
-def _diverged(
-    model: nn.Module, recipe: Recipe, epoch: int, problem: _NotFinite, history: History | None
-) -> Diverged:
-    where = f"step {problem.step}" if problem.step else "the clean pass after the epoch"
-    layer, what = _first_not_finite(model, problem.batches)
-    message = (
-        f"The loss is {problem.value} in epoch {epoch}, {where}; first not finite: {what}. "
-        f"Try a smaller learning rate (now {recipe.learning_rate:g}), look for inputs or "
-        "operations without a finite value or gradient (log, sqrt or division at 0), and for "
-        "layers without normalisation."
-    )
-    return Diverged(epoch, problem.step, layer, message, history)
-
-
-def _first_not_finite(model: nn.Module, batches: Batches) -> tuple[str, str]:
-    """Name of the layer where values stop being finite, and a description.
-
-    A gradient that is not finite spoils the weights of its own and of all earlier layers: of the
-    spoilt layers the last is the one to name.
-    """
-    spoilt = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if spoilt:
-        layer = _layer_of(spoilt[-1].rpartition(".")[0])
-        return layer, f"the weights of layer {layer!r}, before the forward pass"
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            parts = outputs if isinstance(outputs, tuple | list) else (outputs,)
-            if not all(part.isfinite().all() for part in parts if isinstance(part, Tensor)):
-                found.append(name)
-
-        return hook
-
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(watch(_layer_of(name))).remove)
-        for inputs, _ in batches:
-            if not inputs.isfinite().all():
-                return "inputs", "the inputs"
-            model(inputs)
-            if found:
-                return found[0], f"the output of layer {found[0]!r}"
-    return "loss", "the loss itself, from finite outputs"
-
-
-def _layer_of(module_name: str) -> str:
-    """The layer that a quantizer inside it belongs to; the model itself has no other name."""
-    return module_name.partition(".parametrizations")[0] or "model"
-
-
-_CLASS_LOSSES = (cross_entropy, nll_loss)
-_ELEMENTWISE_LOSSES = (mse_loss, l1_loss, smooth_l1_loss, huber_loss)
-_IGNORE_INDEX = -100
-
-
-@torch.no_grad()
-def _check(model: nn.Module, source: Source, loss: Loss, metrics: Metrics | None) -> Metrics:
-    """Try a forward pass of two samples; the metrics to use."""
-    inputs, targets = next(source.batches(), (None, None))
-    if targets is None or len(targets) == 0:
-        raise ValueError("data is empty: there is no batch to go through")
-    if len(inputs) != len(targets):
-        raise ValueError(f"data has {len(inputs)} inputs for {len(targets)} targets")
-    model.eval()
-    try:
-        outputs = model(inputs[:2])
-    except RuntimeError as error:
-        shape = tuple(inputs.shape)
-        raise ValueError(f"the model does not take inputs of shape {shape}: {error}") from error
-    shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets[:2].shape)} {targets.dtype}"
-    alike = outputs.shape == targets[:2].shape and outputs.dtype == targets.dtype
-    if loss in _ELEMENTWISE_LOSSES and not alike:
-        raise ValueError(
-            f"{loss.__name__} needs outputs and targets of one shape and type: {shapes}"
-        )
-    is_classes = not (targets.is_floating_point() or targets.is_complex())
-    if loss in _CLASS_LOSSES and is_classes:
-        _check_labels(targets if source.targets is None else source.targets, outputs.shape[1])
-    try:
-        value = loss(outputs, targets[:2])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the loss does not take {shapes}: {error}") from error
-    if value.numel() != 1:
-        raise ValueError(f"loss must return one number per batch, got shape {tuple(value.shape)}")
-    if metrics is None:
-        return {"accuracy": accuracy} if is_classes and outputs.dim() > 1 else {}
-    return dict(metrics)
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    labels = labels[labels != _IGNORE_INDEX]
-    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(
-            f"the model has {classes} outputs, so labels must lie in 0..{classes - 1}; "
-            f"got {labels.min().item()}..{labels.max().item()}"
-        )
-
-
-@contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
