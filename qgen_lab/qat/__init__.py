@@ -31,7 +31,7 @@ from qgen_lab.qat.quantizers import (
     quantize_weights,
     step_sizes,
 )
-from qgen_lab.qat.recipes import Recipe, recipes
+from qgen_lab.qat.recipes import Recipe, qgen_pool, recipes
 from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evaluate, fit
 from qgen_lab.qat.transformers import (
@@ -78,6 +78,7 @@ __all__ = [
     "mlp",
     "nin",
     "parameter_groups",
+    "qgen_pool",
     "quantization_noise",
     "quantize_weights",
     "recipes",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from qgen_lab.data import augmentations
 from qgen_lab.qat.schedules import SCHEDULES, Cooldown
 
-__all__ = ["Recipe", "recipes"]
+__all__ = ["Recipe", "qgen_pool", "recipes"]
 
 OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], torch.optim.Optimizer]] = {
     "sgd": lambda groups, recipe: torch.optim.SGD(
@@ -164,15 +164,58 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
-recipes: dict[str, Recipe] = {
-    # arXiv 2404.11769, appendix B.1.
-    "qgen-nin": Recipe(epochs=300, schedule="multi-step", milestones=(100, 200)),
-    "qgen-resnet": Recipe(epochs=200, schedule="multi-step", milestones=(80, 160)),
-    # Appendix C.1: fine-tuning of a trained network.
-    "qgen-imagenet": Recipe(
-        epochs=120, learning_rate=0.01, schedule="multi-step", milestones=(30, 60, 90)
-    ),
-    # The shape of "qgen-nin", shortened for 1,437 images of 8x8: some seconds a run.
-    "digits-nin": Recipe(epochs=60, schedule="multi-step", milestones=(20, 40)),
-}
+class _Recipes(dict[str, Recipe]):
+    """Recipes by name, that says which there are when asked for another."""
+
+    def __missing__(self, name: str) -> Recipe:
+        raise KeyError(f"recipe {name!r} is not known; the names are: {', '.join(self)}")
+
+
+recipes: dict[str, Recipe] = _Recipes(
+    {
+        # arXiv 2404.11769, appendix B.1.
+        "qgen-nin": Recipe(epochs=300, schedule="multi-step", milestones=(100, 200)),
+        "qgen-resnet": Recipe(epochs=200, schedule="multi-step", milestones=(80, 160)),
+        # Appendix C.1: fine-tuning of a trained network.
+        "qgen-imagenet": Recipe(
+            epochs=120, learning_rate=0.01, schedule="multi-step", milestones=(30, 60, 90)
+        ),
+        # The shape of "qgen-nin", shortened for 1,437 images of 8x8: some seconds a run.
+        "digits-nin": Recipe(epochs=60, schedule="multi-step", milestones=(20, 40)),
+    }
+)
 """Recipes by name: the papers', and one for the embedded digits."""
+
+POOL_RATES = {
+    "sgd": (0.03, 0.1, 0.3),
+    "adam": (0.0003, 0.001, 0.003),
+    "rmsprop": (0.0001, 0.0003, 0.001),
+}
+POOL_DECAYS = (0.0, 1e-4, 5e-4)
+
+
+def qgen_pool(base: Recipe = recipes["qgen-nin"]) -> list[Recipe]:
+    """The 27 recipes of a pool of models: three optimizers, three rates each, three weight decays.
+
+    Appendix B.3 of arXiv 2404.11769 has this grid, at three widths, three depths and four
+    precisions: 972 models. The rates and decays are ours: about the recipe's for SGD and usual ones
+    for the other two, each time by a factor of about three apart.
+
+    Parameters
+    ----------
+    base : Recipe
+        All else: epochs, batch size, schedule and so on.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> short = replace(recipes["digits-nin"], epochs=30, milestones=(10, 20))
+    >>> len(qgen_pool(short))
+    27
+    """
+    return [
+        replace(base, optimizer=optimizer, learning_rate=rate, weight_decay=decay)
+        for optimizer, rates in POOL_RATES.items()
+        for rate in rates
+        for decay in POOL_DECAYS
+    ]

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from qgen_lab.qat.recipes import Recipe, recipes
+from qgen_lab.qat.recipes import Recipe, qgen_pool, recipes
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,22 @@ def test_published_recipes():
     )
     assert recipes["qgen-resnet"].milestones == (80, 160)
     assert recipes["qgen-imagenet"].learning_rate == 0.01
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(KeyError, match=r"'qgen-vgg' is not known.*qgen-nin, qgen-resnet"):
+        recipes["qgen-vgg"]
+    assert recipes.get("qgen-vgg") is None
+
+
+def test_the_pool_is_a_grid():
+    pool = qgen_pool()
+    assert len(pool) == len(set(pool)) == 27
+    assert recipes["qgen-nin"] in pool
+    assert {recipe.optimizer for recipe in pool} == {"sgd", "adam", "rmsprop"}
+    assert {(recipe.epochs, recipe.milestones) for recipe in pool} == {(300, (100, 200))}
+    for optimizer in ("sgd", "adam", "rmsprop"):
+        cells = [recipe for recipe in pool if recipe.optimizer == optimizer]
+        assert len({(recipe.learning_rate, recipe.weight_decay) for recipe in cells}) == 9
+    short = qgen_pool(replace(recipes["digits-nin"], epochs=30, batch_size=64))
+    assert {(recipe.epochs, recipe.batch_size) for recipe in short} == {(30, 64)}
