@@ -15,7 +15,7 @@ help:  ## list the targets
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qgen-lab needs Python 3.11 or newer; say which with: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[book,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[book,test,vision]'
 	touch $@
 
 book: $(READY)  ## build the book into _build/html, warnings are errors
