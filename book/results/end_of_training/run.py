@@ -1,0 +1,320 @@
+"""Train small networks under many schedules, and deploy each in three ways.
+
+`python book/results/end_of_training/run.py` trains what is missing and writes `runs.csv` beside
+this file once all is there. Name conditions to train only those: several processes share the work.
+
+Runs that share a condition and a seed share data, wrong labels, initial weights, order of the
+samples and number of steps. Schedules that agree up to some step share the computation up to
+there: the runs branch where their rates part. Bits 32 mean full precision.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import cross_entropy
+
+from qgen_lab.data import Dataset, Splits, load_dataset
+from qgen_lab.experiments.provenance import provenance, write_json
+from qgen_lab.qat import Recipe, evaluate, nin, quantize_weights
+from qgen_lab.qat.batch_norm import reestimate_batch_norm
+from qgen_lab.qat.ensemble.stacked import Stack
+from qgen_lab.qat.schedules import Cooldown, learning_rates
+
+HERE = Path(__file__).parent
+PARTS = HERE / "parts"  # finished runs, until all are there; not in git
+
+POWERS, SHARES = (1, 2, 4), (0.01, 0.1, 0.5)
+AVERAGED_FROM = 0.75  # averages begin after this share of the steps
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Data, network, budget and what is compared in it."""
+
+    data: dict
+    model: dict
+    recipe: Recipe
+    bits: tuple[int, ...]
+    seeds: tuple[int, ...]
+    schedules: tuple[str, ...]
+    halved: bool = False  # images of half the height and width, means of four pixels
+    test_size: int | None = None  # the first so many test images; None: all
+
+
+def _names(base: str, powers: tuple[int, ...] = POWERS, shares: tuple[float, ...] = SHARES):
+    return tuple(f"{base} power {power} over {share:.0%}" for power in powers for share in shares)
+
+
+DIGITS = {"depth": 2, "width_multiplier": 12, "base_width": 1, "in_channels": 1}
+RECIPE = Recipe(epochs=36, batch_size=64, learning_rate=0.1, weight_decay=5e-4)
+CONSTANT = ("constant", "cosine", *_names("constant"))
+ALL = (
+    *CONSTANT, "exponential", "stepped", *_names("stepped", shares=(0.01, 0.1)),
+    *_names("stepped", (1,), (0.5,)),
+)  # fmt: skip
+AVERAGED = (
+    "constant", "cosine", "exponential", "stepped", *_names("constant", (1, 4), (0.1,)),
+    *_names("constant", (1,), (0.5,)), *_names("stepped", (1,), (0.1,)),
+)  # fmt: skip
+CONDITIONS = {
+    "label-noise": Condition(
+        {"name": "digits", "size": 1408, "label_noise": 0.2},
+        DIGITS, RECIPE, (32, 4, 3, 2, 1), tuple(range(8)), ALL,
+    ),
+    "few-images": Condition(
+        {"name": "digits", "size": 320},
+        DIGITS, replace(RECIPE, epochs=160), (32, 4, 3, 2, 1), tuple(range(8)), ALL,
+    ),
+    "full-batch": Condition(
+        {"name": "digits", "size": 384, "label_noise": 0.2},
+        DIGITS, replace(RECIPE, epochs=600, batch_size=384), (32, 2, 1), tuple(range(8)), CONSTANT,
+    ),
+    "cifar": Condition(
+        {"name": "cifar10", "size": 5120},
+        {"depth": 3, "width_multiplier": 24, "base_width": 1},
+        replace(RECIPE, epochs=10), (32, 4, 2, 1), tuple(range(6)),
+        (*CONSTANT, "stepped", "stepped power 1 over 10%"), halved=True, test_size=5000,
+    ),
+}  # fmt: skip
+
+
+def recipe_of(schedule: str, recipe: Recipe) -> Recipe:
+    """The recipe of a schedule named as in `CONDITIONS`."""
+    base, *cooled = schedule.split(" ")
+    thirds = tuple(round(recipe.epochs * part / 3) for part in (1, 2))
+    recipe = {
+        "constant": recipe,
+        "stepped": replace(recipe, schedule="multi-step", milestones=thirds, gamma=0.1),
+        "exponential": replace(recipe, schedule="exponential", gamma=0.01),
+        "cosine": replace(recipe, schedule="cosine"),
+    }[base]
+    if cooled:
+        power, share = float(cooled[1]), float(cooled[3].rstrip("%")) / 100
+        recipe = replace(recipe, cooldown=Cooldown(power, share))
+    return recipe
+
+
+class Runs:
+    """Networks of one kind, one per schedule, that see the same batches at rates of their own."""
+
+    def __init__(self, models: list[nn.Module], weight_decay: float) -> None:
+        self.stack = Stack(models)
+        self.weight_decay = weight_decay * self.stack.decayed
+        self.momentum = torch.zeros_like(self.stack.parameters)
+        weights, _ = self._weights_and_steps()
+        self.codes = torch.zeros_like(weights)
+        self.moved = torch.zeros_like(weights)
+        self.code_sums, self.latent_sums = (torch.zeros_like(weights).double() for _ in "12")
+
+    def state(self) -> list[Tensor]:
+        """All that training changes, one row a network."""
+        averages = [self.codes, self.moved, self.code_sums, self.latent_sums]
+        return [*self.stack.state(), self.momentum, *averages]
+
+    def step(self, inputs: Tensor, targets: Tensor, rates: Tensor) -> None:
+        """One step of SGD with momentum 0.9, `rates` of shape (networks,)."""
+        outputs = self.stack(inputs, training=True).flatten(0, 1)
+        total = cross_entropy(outputs, targets.repeat(len(rates)), reduction="sum")
+        (gradient,) = torch.autograd.grad(total / len(targets), self.stack.parameters)
+        with torch.no_grad():
+            gradient.addcmul_(self.weight_decay, self.stack.parameters)
+            self.momentum.mul_(0.9).add_(gradient)
+            self.stack.parameters.addcmul_(self.momentum, rates[:, None], value=-1)
+        self.stack.raise_steps()
+
+    @torch.no_grad()
+    def average(self, first: bool) -> None:
+        """Take the codes and the float weights as they are now into their means."""
+        weights, steps = self._weights_and_steps()
+        codes = (self.stack.lsq(weights, steps) / self._step_of_weight(steps)).round()
+        if not first:
+            self.moved.logical_or_(codes != self.codes)
+        self.codes.copy_(codes)
+        self.code_sums += codes
+        self.latent_sums += weights
+
+    @torch.no_grad()
+    def deploy(self, deployed: str, updates: int) -> list[nn.Module]:
+        """The networks with their last weights, or the mean ones of the kind asked for."""
+        parameters, *rest = self.stack.state()
+        weights, steps = self._weights_and_steps()
+        if deployed == "rounded average":
+            weights = (self.code_sums / updates * self._step_of_weight(steps)).to(weights)
+        elif deployed == "latent average":
+            weights = (self.latent_sums / updates).to(weights)
+        parameters = torch.cat([weights, parameters[:, weights.shape[1] :]], 1)
+        self.stack.write_back([parameters, *rest])
+        return self.stack.models
+
+    def _weights_and_steps(self) -> tuple[Tensor, Tensor]:
+        weights, _, steps = self.stack.parameters.detach().split(self.stack.sections, 1)
+        return weights, steps
+
+    def _step_of_weight(self, steps: Tensor) -> Tensor:
+        return self.stack.lsq.per_weight(steps.gather(1, self.stack.lsq.slot))
+
+
+def branches(rates: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Steps where rates of shape (schedules, steps) part, and from there on whose run each shares.
+
+    The runs are numbered from 0; a run goes on until the next entry.
+    """
+    labels, found = np.full(len(rates), -1), []
+    for step, now in enumerate(rates.T):
+        _, refined = np.unique(np.stack([labels, now]), axis=1, return_inverse=True)
+        if refined.max() > labels.max():
+            labels = refined.ravel()
+            found.append((step, labels))
+    return found
+
+
+def load(condition: Condition, seed: int) -> Splits:
+    """The data of one condition and seed."""
+    splits = load_dataset(seed=seed, **condition.data)
+    train, test = splits.train, splits.test.take(slice(0, condition.test_size))
+    if condition.halved:
+        train, test = (_halved(part) for part in (train, test))
+    return Splits(train, None, test)
+
+
+def _halved(data: Dataset) -> Dataset:
+    pixels = functional.avg_pool2d(data.inputs.permute(0, 3, 1, 2).float(), 2).round()
+    return replace(data, inputs=pixels.permute(0, 2, 3, 1).to(torch.uint8).contiguous())
+
+
+def train(condition: Condition, bits: int, seed: int) -> list[dict]:
+    """All schedules of one condition, precision and seed: a row for each and each deployment."""
+    start = time.process_time()
+    splits = load(condition, seed)
+
+    def build() -> nn.Module:
+        model = nin(**condition.model, seed=seed)
+        return model if bits == 32 else quantize_weights(model, bits)
+
+    recipe = condition.recipe
+    per_epoch = len(splits.train) // recipe.batch_size
+    rates = [learning_rates(recipe_of(s, recipe), per_epoch) for s in condition.schedules]
+    table = np.array(rates, dtype=np.float32)
+    parted = dict(branches(table))
+    batches = _batches(splits.train, recipe, seed)
+    begin = int(AVERAGED_FROM * table.shape[1])
+    runs, labels = Runs([build()], recipe.weight_decay), np.zeros(len(table), dtype=int)
+    for step, (inputs, targets) in enumerate(batches):
+        if step in parted:
+            runs, labels = _branch(runs, labels, parted[step], build, recipe), parted[step]
+        now = np.zeros(labels.max() + 1, dtype=np.float32)
+        now[labels] = table[:, step]
+        runs.step(inputs, targets, torch.from_numpy(now))
+        if step >= begin:
+            runs.average(first=step == begin)
+    rows = _results(condition, runs, labels, splits, table.shape[1] - begin, bits)
+    seconds = time.process_time() - start
+    return [{"bits": bits, "seed": seed} | row | {"seconds": seconds / len(rows)} for row in rows]
+
+
+def _batches(data: Dataset, recipe: Recipe, seed: int):
+    """Batches of all epochs as a stack takes them, samples last; in the order that `fit` has."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(recipe.epochs):
+        for inputs, targets in data.batches(recipe.batch_size, True, generator):
+            yield inputs.movedim(0, -1)[None].contiguous(), targets
+
+
+def _branch(runs: Runs, old: np.ndarray, new: np.ndarray, build, recipe: Recipe) -> Runs:
+    """One run for each label in `new`, in the state of the run that its schedules shared so far."""
+    parents = torch.from_numpy(np.array([old[new == k][0] for k in range(new.max() + 1)]))
+    branched = Runs([build() for _ in parents], recipe.weight_decay)
+    with torch.no_grad():
+        for part, before in zip(branched.state(), runs.state(), strict=True):
+            part.copy_(before[parents])
+    return branched
+
+
+def _results(
+    condition: Condition, runs: Runs, labels: np.ndarray, splits: Splits, updates: int, bits: int
+) -> list[dict]:
+    """Evaluate each schedule's network, batch norm re-estimated, in each way of deployment."""
+    moving = runs.moved.mean(1).tolist() if bits < 32 else [float("nan")] * len(runs.moved)
+    ways = ["last iterate", "latent average", *(["rounded average"] if bits < 32 else [])]
+    rows = []
+    for deployed in ways:
+        models = runs.deploy(deployed, updates)
+        for schedule, run in zip(condition.schedules, labels.tolist(), strict=True):
+            if deployed != "last iterate" and schedule not in AVERAGED:
+                continue
+            model = reestimate_batch_norm(models[run], splits.train)
+            row = {"schedule": schedule, "deployed": deployed, "share_moving": moving[run]}
+            for name in ("train", "test"):
+                result = evaluate(model, getattr(splits, name))
+                row[f"{name}_loss"] = result.loss
+                row[f"{name}_accuracy"] = result.metrics["accuracy"]
+            rows.append(row)
+    return rows
+
+
+def part(condition: str, bits: int, seed: int) -> Path:
+    """Where a finished run waits."""
+    return PARTS / f"{condition}-{bits:02d}-{seed:02d}.json"
+
+
+def write_tables(origin: dict) -> None:
+    """Gather all runs into one table."""
+    rows = [
+        {"condition": name} | row
+        for name, condition in CONDITIONS.items()
+        for seed in condition.seeds
+        for bits in condition.bits
+        for row in json.loads(part(name, bits, seed).read_text())
+    ]
+    table = pd.DataFrame(rows)
+    seconds = table.pop("seconds").sum()
+    table.to_csv(HERE / "runs.csv", index=False, float_format="%.6g")
+    write_json(origin | {"seconds": round(float(seconds), 1)}, HERE / "provenance.json")
+
+
+def main(names: list[str]) -> None:
+    """Train what is missing in these conditions; write the table when nothing at all is missing."""
+    torch.set_num_threads(1)
+    PARTS.mkdir(exist_ok=True)
+    config = {
+        "conditions": {name: asdict(condition) for name, condition in CONDITIONS.items()},
+        "averaged_from": AVERAGED_FROM,
+        "averages_deployed_under": AVERAGED,
+        "note": "sizes, budgets and rates were chosen on seeds 901 and up, not among the results; "
+        "seconds are processor time on a shared machine",
+    }
+    seeds = sorted({seed for condition in CONDITIONS.values() for seed in condition.seeds})
+    # Made before the runs: the revision and the versions are those that train.
+    command = "python book/results/end_of_training/run.py"
+    origin = provenance(command, config, seeds, seconds=0)
+    for name in names:
+        condition = CONDITIONS[name]
+        for seed in condition.seeds:
+            for bits in condition.bits:
+                target = part(name, bits, seed)
+                if not target.exists():
+                    unfinished = target.with_suffix(".tmp")
+                    unfinished.write_text(json.dumps(train(condition, bits, seed)))
+                    unfinished.rename(target)
+    finished = [
+        part(name, bits, seed)
+        for name, condition in CONDITIONS.items()
+        for bits in condition.bits
+        for seed in condition.seeds
+    ]
+    if all(path.exists() for path in finished):
+        write_tables(origin)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("conditions", nargs="*", default=list(CONDITIONS))
+    main(parser.parse_args().conditions)
