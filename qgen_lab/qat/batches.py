@@ -26,6 +26,10 @@ class TensorPair:
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"data has {len(self.inputs)} inputs for {len(self.targets)} targets")
 
+    def to(self, device: torch.device) -> "TensorPair":
+        """The same data on another device."""
+        return TensorPair(self.inputs.to(device), self.targets.to(device))
+
     def batches(
         self, batch_size: int, shuffle: bool = False, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -43,10 +47,10 @@ class Source:
         self.device = device_of(model)
         self.image_format = image_format_of(model)
         self.has_batch_norm = any(isinstance(module, _BATCH_NORM) for module in model.modules())
-        if isinstance(data, Dataset):
+        if isinstance(data, tuple) and _is_pair(data):
+            data = TensorPair(*data)
+        if isinstance(data, Dataset | TensorPair):
             data = data.to(self.device)
-        elif isinstance(data, tuple) and _is_pair(data):
-            data = TensorPair(*(part.to(self.device) for part in data))
         elif not isinstance(data, Iterable) or isinstance(data, Iterator | Tensor):
             raise TypeError(
                 "data must be Splits, a Dataset, a pair of tensors (inputs, targets), or an "

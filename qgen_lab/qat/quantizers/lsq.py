@@ -86,8 +86,8 @@ class LSQ(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weights; gradients as the class describes."""
         step = self.step
+        hold_above(self.floor, step)
         if isinstance(step, nn.Parameter) and self.sharing.suits_kernels(weight):
-            hold_above(self.floor, step)
             return _KernelLSQ.apply(weight, step, self)
         step = self.sharing.spread(self.step_size, weight)
         codes, passes, slope = self._round(weight.detach() / step)
