@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from qgen_lab.data import load_dataset
 from qgen_lab.qat.ensemble import ENGINES, Member, fit_ensemble
 from qgen_lab.qat.models import mlp, nin
-from qgen_lab.qat.quantizers import quantize_weights
+from qgen_lab.qat.quantizers import LSQ, quantize_weights
 from qgen_lab.qat.recipes import OPTIMIZERS, Recipe
 from qgen_lab.qat.schedules import Cooldown
 from qgen_lab.qat.training import evaluate, fit
@@ -74,6 +74,12 @@ EIGHT = [
     Member(replace(SHORT, cooldown=Cooldown(2.0, 0.5)), 3, seed=5),
     Member(replace(SHORT, schedule="multi-step", milestones=(1,)), 2, seed=6, per_channel=True),
     Member(replace(SHORT, keep="last"), 1, seed=7),
+]
+ENDS = [
+    Member(replace(SHORT, keep="last", average_codes_from=0.4, reestimate_batch_norm=True), 2),
+    Member(replace(SHORT, keep="last", average_codes_from=0.99), 1, seed=1, per_channel=True),
+    Member(replace(SHORT, reestimate_batch_norm=True), 4, seed=2),
+    Member(replace(SHORT, keep="last", average_codes_from=0.0), None, seed=3),
 ]
 
 
@@ -148,6 +154,23 @@ def test_validation_data_and_metrics(digits, engine):
     kept = evaluate(ensemble.models[0], digits.validation, metrics=metrics)
     assert kept.loss == pytest.approx(ensemble.histories[0].validation.loss, abs=1e-5)
     assert kept.metrics == pytest.approx(ensemble.histories[0].validation.metrics)
+
+
+def test_a_step_below_its_floor_is_put_back_in_any_precision():
+    for dtype in (torch.float32, torch.float64):
+        quantizer = LSQ(torch.ones(4, 3, dtype=dtype), bits=4)
+        quantizer.step.data.fill_(-1.0)
+        quantizer(torch.ones(4, 3, dtype=dtype))
+        assert quantizer.step == quantizer.floor
+
+
+def test_averages_and_statistics_at_the_end(digits):
+    data = pair(digits.train)
+    ensemble = fit_ensemble(double_nin, ENDS, data, engine="batched")
+    for member, model, history in zip(ENDS, ensemble.models, ensemble.histories, strict=True):
+        twin, expected = single(double_nin, data, member)
+        assert_same_history(history, expected, 1e-10)
+        assert distance(model, twin) < 1e-10
 
 
 def regression_net(seed):

@@ -18,7 +18,7 @@ class RowOptimizer:
     parameters : Tensor of shape (K, P)
         Changed in place.
     decayed : Tensor of shape (P,)
-        One for the columns that take weight decay, zero for the others.
+        Which columns take weight decay.
     """
 
     def __init__(self, recipes: list[Recipe], parameters: Tensor, decayed: Tensor):
