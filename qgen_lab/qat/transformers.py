@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from qgen_lab.qat.quantizers import LSQ, quantized_slots
+from qgen_lab.qat.steps import Objective
 
 __all__ = [
     "AttentionLayer",
@@ -32,8 +33,6 @@ __all__ = [
     "cross_entropy_of_targets",
     "distillation",
 ]
-
-Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
