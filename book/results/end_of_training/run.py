@@ -31,6 +31,7 @@ from qgen_lab.qat.schedules import Cooldown, learning_rates
 HERE = Path(__file__).parent
 PARTS = HERE / "parts"  # finished runs, until all are there; not in git
 
+FULL_PRECISION = 32
 POWERS, SHARES = (1, 2, 4), (0.01, 0.1, 0.5)
 AVERAGED_FROM = 0.75  # averages begin after this share of the steps
 
@@ -54,16 +55,13 @@ def _names(base: str, powers: tuple[int, ...] = POWERS, shares: tuple[float, ...
 
 
 DIGITS = {"depth": 2, "width_multiplier": 12, "base_width": 1, "in_channels": 1}
-RECIPE = Recipe(epochs=36, batch_size=64, learning_rate=0.1, weight_decay=5e-4)
+RECIPE = Recipe(epochs=27, batch_size=64, learning_rate=0.1, weight_decay=5e-4)
 CONSTANT = ("constant", "cosine", *_names("constant"))
 ALL = (
     *CONSTANT, "exponential", "stepped", *_names("stepped", shares=(0.01, 0.1)),
     *_names("stepped", (1,), (0.5,)),
 )  # fmt: skip
-AVERAGED = (
-    "constant", "cosine", "exponential", "stepped", *_names("constant", (1, 4), (0.1,)),
-    *_names("constant", (1,), (0.5,)), *_names("stepped", (1,), (0.1,)),
-)  # fmt: skip
+AVERAGED = ("constant", "cosine", "exponential", "stepped", "constant power 1 over 10%")
 CONDITIONS = {
     "label-noise": Condition(
         {"name": "digits", "size": 1408, "label_noise": 0.2},
@@ -71,16 +69,18 @@ CONDITIONS = {
     ),
     "few-images": Condition(
         {"name": "digits", "size": 320},
-        DIGITS, replace(RECIPE, epochs=160), (32, 4, 3, 2, 1), tuple(range(8)), ALL,
+        DIGITS, replace(RECIPE, epochs=120), (32, 4, 3, 2, 1), tuple(range(8)), ALL,
     ),
     "full-batch": Condition(
         {"name": "digits", "size": 384, "label_noise": 0.2},
-        DIGITS, replace(RECIPE, epochs=600, batch_size=384), (32, 2, 1), tuple(range(8)), CONSTANT,
+        DIGITS | {"width_multiplier": 8},
+        replace(RECIPE, epochs=500, batch_size=384, learning_rate=0.02),
+        (32, 2, 1), tuple(range(8)), CONSTANT,
     ),
     "cifar": Condition(
         {"name": "cifar10", "size": 5120},
         {"depth": 3, "width_multiplier": 24, "base_width": 1},
-        replace(RECIPE, epochs=10), (32, 4, 2, 1), tuple(range(6)),
+        replace(RECIPE, epochs=10), (32, 4, 2, 1), (0, 1, 2),
         (*CONSTANT, "stepped", "stepped power 1 over 10%"), halved=True, test_size=5000,
     ),
 }  # fmt: skip
@@ -162,15 +162,15 @@ class Runs:
         return self.stack.lsq.per_weight(steps.gather(1, self.stack.lsq.slot))
 
 
-def branches(rates: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Steps where rates of shape (schedules, steps) part, and from there on whose run each shares.
+def branches(rates: np.ndarray, bits: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Steps where rates of shape (rows, steps) part, and from there on whose run each row shares.
 
-    The runs are numbered from 0; a run goes on until the next entry.
+    Rows of different bits share none. Runs are numbered from 0 and go on until the next entry.
     """
-    labels, found = np.full(len(rates), -1), []
+    labels, found = bits, []
     for step, now in enumerate(rates.T):
         _, refined = np.unique(np.stack([labels, now]), axis=1, return_inverse=True)
-        if refined.max() > labels.max():
+        if step == 0 or refined.max() > labels.max():
             labels = refined.ravel()
             found.append((step, labels))
     return found
@@ -190,34 +190,32 @@ def _halved(data: Dataset) -> Dataset:
     return replace(data, inputs=pixels.permute(0, 2, 3, 1).to(torch.uint8).contiguous())
 
 
-def train(condition: Condition, bits: int, seed: int) -> list[dict]:
-    """All schedules of one condition, precision and seed: a row for each and each deployment."""
+def train(condition: Condition, seed: int) -> list[dict]:
+    """All precisions and schedules of one condition and seed, each deployed in each way."""
     start = time.process_time()
     splits = load(condition, seed)
-
-    def build() -> nn.Module:
-        model = nin(**condition.model, seed=seed)
-        return model if bits == 32 else quantize_weights(model, bits)
 
     recipe = condition.recipe
     per_epoch = len(splits.train) // recipe.batch_size
     rates = [learning_rates(recipe_of(s, recipe), per_epoch) for s in condition.schedules]
-    table = np.array(rates, dtype=np.float32)
-    parted = dict(branches(table))
+    table = np.tile(np.array(rates, dtype=np.float32), (len(condition.bits), 1))
+    bits = np.repeat(condition.bits, len(rates))
+    parted = dict(branches(table, bits))
     batches = _batches(splits.train, recipe, seed)
     begin = int(AVERAGED_FROM * table.shape[1])
-    runs, labels = Runs([build()], recipe.weight_decay), np.zeros(len(table), dtype=int)
+    runs = labels = None
     for step, (inputs, targets) in enumerate(batches):
         if step in parted:
-            runs, labels = _branch(runs, labels, parted[step], build, recipe), parted[step]
+            runs, labels = _branch(runs, labels, parted[step], bits, condition, seed), parted[step]
         now = np.zeros(labels.max() + 1, dtype=np.float32)
         now[labels] = table[:, step]
         runs.step(inputs, targets, torch.from_numpy(now))
         if step >= begin:
             runs.average(first=step == begin)
-    rows = _results(condition, runs, labels, splits, table.shape[1] - begin, bits)
+    found = {"bits": bits, "schedule": np.tile(condition.schedules, len(condition.bits))}
+    rows = _results(runs, labels, found, splits, updates=table.shape[1] - begin)
     seconds = time.process_time() - start
-    return [{"bits": bits, "seed": seed} | row | {"seconds": seconds / len(rows)} for row in rows]
+    return [{"seed": seed} | row | {"seconds": seconds / len(rows)} for row in rows]
 
 
 def _batches(data: Dataset, recipe: Recipe, seed: int):
@@ -228,30 +226,40 @@ def _batches(data: Dataset, recipe: Recipe, seed: int):
             yield inputs.movedim(0, -1)[None].contiguous(), targets
 
 
-def _branch(runs: Runs, old: np.ndarray, new: np.ndarray, build, recipe: Recipe) -> Runs:
-    """One run for each label in `new`, in the state of the run that its schedules shared so far."""
-    parents = torch.from_numpy(np.array([old[new == k][0] for k in range(new.max() + 1)]))
-    branched = Runs([build() for _ in parents], recipe.weight_decay)
-    with torch.no_grad():
+def _branch(
+    runs: Runs | None, old: np.ndarray, new: np.ndarray, bits: np.ndarray, condition, seed: int
+) -> Runs:
+    """One run for each label in `new`, in the state of the run that its rows shared so far."""
+    first = [np.flatnonzero(new == label)[0] for label in range(new.max() + 1)]
+    models = [nin(**condition.model, seed=seed) for _ in first]
+    for model, width in zip(models, bits[first].tolist(), strict=True):
+        if width < FULL_PRECISION:
+            quantize_weights(model, width)
+    branched = Runs(models, condition.recipe.weight_decay)
+    if runs is not None:
         for part, before in zip(branched.state(), runs.state(), strict=True):
-            part.copy_(before[parents])
+            part.copy_(before[torch.from_numpy(old[first])])
     return branched
 
 
 def _results(
-    condition: Condition, runs: Runs, labels: np.ndarray, splits: Splits, updates: int, bits: int
+    runs: Runs, labels: np.ndarray, found: dict[str, np.ndarray], splits: Splits, updates: int
 ) -> list[dict]:
-    """Evaluate each schedule's network, batch norm re-estimated, in each way of deployment."""
-    moving = runs.moved.mean(1).tolist() if bits < 32 else [float("nan")] * len(runs.moved)
-    ways = ["last iterate", "latent average", *(["rounded average"] if bits < 32 else [])]
-    rows = []
-    for deployed in ways:
+    """Evaluate each network, batch norm re-estimated, in each way of deployment."""
+    moving, rows = runs.moved.mean(1).tolist(), []
+    for deployed in ("last iterate", "latent average", "rounded average"):
         models = runs.deploy(deployed, updates)
-        for schedule, run in zip(condition.schedules, labels.tolist(), strict=True):
+        for bits, schedule, run in zip(
+            *map(np.ndarray.tolist, (*found.values(), labels)), strict=True
+        ):
+            full = bits == FULL_PRECISION
             if deployed != "last iterate" and schedule not in AVERAGED:
                 continue
+            if deployed == "rounded average" and full:
+                continue
             model = reestimate_batch_norm(models[run], splits.train)
-            row = {"schedule": schedule, "deployed": deployed, "share_moving": moving[run]}
+            row = {"bits": bits, "schedule": schedule, "deployed": deployed}
+            row["share_moving"] = float("nan") if full else moving[run]
             for name in ("train", "test"):
                 result = evaluate(model, getattr(splits, name))
                 row[f"{name}_loss"] = result.loss
@@ -260,9 +268,9 @@ def _results(
     return rows
 
 
-def part(condition: str, bits: int, seed: int) -> Path:
-    """Where a finished run waits."""
-    return PARTS / f"{condition}-{bits:02d}-{seed:02d}.json"
+def part(condition: str, seed: int) -> Path:
+    """Where finished runs wait."""
+    return PARTS / f"{condition}-{seed:02d}.json"
 
 
 def write_tables(origin: dict) -> None:
@@ -271,8 +279,7 @@ def write_tables(origin: dict) -> None:
         {"condition": name} | row
         for name, condition in CONDITIONS.items()
         for seed in condition.seeds
-        for bits in condition.bits
-        for row in json.loads(part(name, bits, seed).read_text())
+        for row in json.loads(part(name, seed).read_text())
     ]
     table = pd.DataFrame(rows)
     seconds = table.pop("seconds").sum()
@@ -298,18 +305,12 @@ def main(names: list[str]) -> None:
     for name in names:
         condition = CONDITIONS[name]
         for seed in condition.seeds:
-            for bits in condition.bits:
-                target = part(name, bits, seed)
-                if not target.exists():
-                    unfinished = target.with_suffix(".tmp")
-                    unfinished.write_text(json.dumps(train(condition, bits, seed)))
-                    unfinished.rename(target)
-    finished = [
-        part(name, bits, seed)
-        for name, condition in CONDITIONS.items()
-        for bits in condition.bits
-        for seed in condition.seeds
-    ]
+            target = part(name, seed)
+            if not target.exists():
+                unfinished = target.with_suffix(".tmp")
+                unfinished.write_text(json.dumps(train(condition, seed)))
+                unfinished.rename(target)
+    finished = [part(name, seed) for name, c in CONDITIONS.items() for seed in c.seeds]
     if all(path.exists() for path in finished):
         write_tables(origin)
 
