@@ -25,7 +25,7 @@ from qgen_lab.data import Dataset, Splits, load_dataset
 from qgen_lab.experiments.provenance import provenance, write_json
 from qgen_lab.qat import Recipe, evaluate, nin, quantize_weights
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
-from qgen_lab.qat.ensemble.stacked import Stack
+from qgen_lab.qat.ensemble.stack import Stack
 from qgen_lab.qat.schedules import Cooldown, learning_rates
 
 HERE = Path(__file__).parent
@@ -103,16 +103,15 @@ def recipe_of(schedule: str, recipe: Recipe) -> Recipe:
 
 
 class Runs:
-    """Networks of one kind, one per schedule, that see the same batches at rates of their own."""
+    """Networks of one kind that see the same batches, each at rates of its own."""
 
     def __init__(self, models: list[nn.Module], weight_decay: float) -> None:
         self.stack = Stack(models)
         self.weight_decay = weight_decay * self.stack.decayed
         self.momentum = torch.zeros_like(self.stack.parameters)
-        weights, _ = self._weights_and_steps()
-        self.codes = torch.zeros_like(weights)
-        self.moved = torch.zeros_like(weights)
-        self.code_sums, self.latent_sums = (torch.zeros_like(weights).double() for _ in "12")
+        self.codes = self.stack.codes()
+        self.moved = torch.zeros_like(self.codes)
+        self.code_sums, self.latent_sums = (torch.zeros_like(self.codes).double() for _ in "12")
 
     def state(self) -> list[Tensor]:
         """All that training changes, one row a network."""
@@ -133,33 +132,25 @@ class Runs:
     @torch.no_grad()
     def average(self, first: bool) -> None:
         """Take the codes and the float weights as they are now into their means."""
-        weights, steps = self._weights_and_steps()
-        codes = (self.stack.lsq(weights, steps) / self._step_of_weight(steps)).round()
+        codes = self.stack.codes()
         if not first:
             self.moved.logical_or_(codes != self.codes)
         self.codes.copy_(codes)
         self.code_sums += codes
-        self.latent_sums += weights
+        self.latent_sums += self.stack.parameters[:, self.stack.weights]
 
     @torch.no_grad()
     def deploy(self, deployed: str, updates: int) -> list[nn.Module]:
         """The networks with their last weights, or the mean ones of the kind asked for."""
         parameters, *rest = self.stack.state()
-        weights, steps = self._weights_and_steps()
+        parameters = parameters.clone()
         if deployed == "rounded average":
-            weights = (self.code_sums / updates * self._step_of_weight(steps)).to(weights)
+            steps = self.stack.lsq.step_per_weight(parameters[:, self.stack.steps])
+            parameters[:, self.stack.weights] = (self.code_sums / updates * steps).float()
         elif deployed == "latent average":
-            weights = (self.latent_sums / updates).to(weights)
-        parameters = torch.cat([weights, parameters[:, weights.shape[1] :]], 1)
+            parameters[:, self.stack.weights] = (self.latent_sums / updates).float()
         self.stack.write_back([parameters, *rest])
         return self.stack.models
-
-    def _weights_and_steps(self) -> tuple[Tensor, Tensor]:
-        weights, _, steps = self.stack.parameters.detach().split(self.stack.sections, 1)
-        return weights, steps
-
-    def _step_of_weight(self, steps: Tensor) -> Tensor:
-        return self.stack.lsq.per_weight(steps.gather(1, self.stack.lsq.slot))
 
 
 def branches(rates: np.ndarray, bits: np.ndarray) -> list[tuple[int, np.ndarray]]:
