@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from qgen_lab.data import load_dataset
 from qgen_lab.qat.checkpoints import Checkpoint, CheckpointRefused
 from qgen_lab.qat.models import seeded
-from qgen_lab.qat.quantizers import quantize_weights
+from qgen_lab.qat.quantizers import quantize_weights, registry
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.schedules import Cooldown
 from qgen_lab.qat.training import Diverged, fit
@@ -41,7 +41,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-def dropout_net(bits=2, seed=0, channels=4):
+def dropout_net(bits=2, seed=0, channels=4, quantizer="lsq"):
     """Everything random and everything with a state: batch norm, dropout, quantizers."""
     with seeded(seed):
         model = nn.Sequential(
@@ -52,7 +52,7 @@ def dropout_net(bits=2, seed=0, channels=4):
             nn.Dropout(0.3),
             nn.Linear(16 * channels, 10),
         )
-    return quantize_weights(model, bits)
+    return quantize_weights(model, bits, quantizer)
 
 
 @cache
@@ -105,6 +105,17 @@ def test_killed_at_every_step_and_resumed(tmp_path, name):
         with pytest.raises(Killed):
             result(recipe, kill_at(dropout_net(), step, killed), checkpoint=path)
         assert_equal(result(recipe, checkpoint=path), expected)
+
+
+@pytest.mark.parametrize("quantizer", registry)
+def test_every_quantizer_goes_on(tmp_path, quantizer):
+    def model():
+        return dropout_net(quantizer=quantizer)
+
+    with pytest.raises(Killed):
+        result(PLAIN, kill_at(model(), 5, killed), checkpoint=tmp_path / "run.pt")
+    resumed = result(PLAIN, model(), checkpoint=tmp_path / "run.pt")
+    assert_equal(resumed, result(PLAIN, model()))
 
 
 @pytest.mark.parametrize("step", [2, 5, 8])

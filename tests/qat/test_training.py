@@ -366,6 +366,18 @@ def test_batch_norm_is_estimated_anew_at_the_end(digits):
     assert history.validation == evaluate(twin, digits.validation)
 
 
+def test_batch_norm_is_estimated_anew_on_tensors_and_iterables(classes):
+    recipe = replace(HAND, batch_size=20, reestimate_batch_norm=True)
+    for data in (classes, [classes]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        history = fit(model, data, recipe)
+        hidden = model[0](classes[0])
+        torch.testing.assert_close(model[1].running_mean, hidden.mean(0))
+        torch.testing.assert_close(model[1].running_var, hidden.var(0))
+        assert history.train == evaluate(model, classes)
+
+
 # What is kept, and when training stops
 
 
