@@ -5,6 +5,11 @@
 optimizer moves stays at `layer.parametrizations.weight.original`. `bake` makes it plain again.
 """
 
+from qgen_lab.qat.quantizers.activations import (
+    UnsignedLSQ,
+    activation_steps,
+    quantize_activations,
+)
 from qgen_lab.qat.quantizers.attach import (
     Slot,
     bake,
@@ -39,12 +44,15 @@ __all__ = [
     "PowerOfTwo",
     "Quantizer",
     "Slot",
+    "UnsignedLSQ",
+    "activation_steps",
     "bake",
     "bin_widths",
     "bits_per_layer",
     "codes",
     "parameter_groups",
     "quantization_noise",
+    "quantize_activations",
     "quantize_weights",
     "quantized_slots",
     "registry",

@@ -1,24 +1,22 @@
 """Quantizers onto the weights of a model, what they say about it, and off again."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qgen_lab.codebooks import Codebook, check_bits
+from qgen_lab.codebooks import Codebook
 from qgen_lab.qat.quantizers.base import Quantizer
+from qgen_lab.qat.quantizers.choice import LayerChoice, bits_of, choose
 from qgen_lab.qat.quantizers.codebooks import FixedCodebook, LloydMax, PowerOfTwo
 from qgen_lab.qat.quantizers.lsq import LSQ
 from qgen_lab.qat.quantizers.noise import NoiseInjection
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-LayerChoice = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 # How to build each quantizer that has a name; see `Quantizer` for the protocol.
 registry: dict[str, Callable[[Tensor, int, int | None], Quantizer]] = {
@@ -71,19 +69,21 @@ def quantize_weights(
         If an argument is not as above; if a name, pattern or type matches no layer; if a layer is
         parametrized already, or its weights are empty or not finite. The model is then unchanged.
     """
-    chosen = _choose(_slots(model), layers, exclude)
-    widths = _bits_of(chosen, bits)
+    slots = _slots(model)
+    if not slots:
+        raise ValueError("model has no convolution, linear or attention layer to quantize")
+    widths = bits_of(choose({n: s.layer for n, s in slots.items()}, layers, exclude), bits)
     build = _builder(quantizer)
     members: dict[int, Quantizer] = {}  # by weight, so that tied layers share one
     for name in widths:
-        slot = chosen[name]
+        slot = slots[name]
         _check_slot(name, slot)
         if id(slot.weight) not in members:
             channel_dim = slot.channel_dim if per_channel else None
             member = build(slot.weight, widths[name], channel_dim)
             _check_member(name, slot.weight, member)
             members[id(slot.weight)] = member
-    plan = [(chosen[name], members[id(chosen[name].weight)]) for name in widths]
+    plan = [(slots[name], members[id(slots[name].weight)]) for name in widths]
     for slot, member in plan:
         parametrize.register_parametrization(slot.layer, slot.parameter, member)
     return model
@@ -214,50 +214,6 @@ def _slots(model: nn.Module) -> dict[str, Slot]:
             for part in ("in",) if layer._qkv_same_embed_dim else ("q", "k", "v"):
                 slots[f"{name}.{part}_proj".lstrip(".")] = Slot(layer, f"{part}_proj_weight")
     return slots
-
-
-def _choose(
-    available: dict[str, Slot], layers: LayerChoice | None, exclude: LayerChoice | None
-) -> dict[str, Slot]:
-    """Return the layers to quantize."""
-    if not available:
-        raise ValueError("model has no convolution, linear or attention layer to quantize")
-    chosen = set(available) if layers is None else _matching(available, layers, "layers")
-    if exclude is not None:
-        chosen -= _matching(available, exclude, "exclude")
-    return {name: slot for name, slot in available.items() if name in chosen}
-
-
-def _matching(available: dict[str, Slot], choice: LayerChoice, argument: str) -> set[str]:
-    """Return the names that `choice` selects, each of its items at least one."""
-    items = [choice] if isinstance(choice, str | type) else list(choice)
-    selected = set()
-    for item in items:
-        if isinstance(item, type):
-            found = {name for name, slot in available.items() if isinstance(slot.layer, item)}
-        elif isinstance(item, str):
-            found = {name for name in available if fnmatchcase(name, item)}
-        else:
-            raise TypeError(f"{argument} holds {item!r}: give names, patterns or layer types")
-        if not found:
-            raise ValueError(
-                f"{argument}={item!r} matches no layer; the layers are: {', '.join(available)}"
-            )
-        selected |= found
-    return selected
-
-
-def _bits_of(
-    chosen: dict[str, Slot], bits: int | Mapping[str, int] | None
-) -> dict[str, int | None]:
-    """Return the bits of each layer that is to be quantized."""
-    if not isinstance(bits, Mapping):
-        return dict.fromkeys(chosen, None if bits is None else check_bits(bits))
-    widths = {}
-    for pattern, value in bits.items():
-        for name in _matching(chosen, pattern, "bits"):
-            widths[name] = check_bits(value)
-    return widths
 
 
 def _builder(quantizer) -> Callable[[Tensor, int | None, int | None], Quantizer]:

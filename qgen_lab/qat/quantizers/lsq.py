@@ -76,7 +76,11 @@ class LSQ(Quantizer):
     @property
     def bin_width(self) -> Tensor:
         """The step; for one bit, whose levels are `-s` and `s`, twice the step."""
-        return self.step_size * (2 if self.bits == 1 else 1)
+        return self.step_size * (2 if self._signs else 1)
+
+    @property
+    def _signs(self) -> bool:
+        return (self.low, self.high) == (-1, 1)
 
     def code(self, weight: Tensor) -> Tensor:
         """Return `round(clip(w / s))`, int32; -1 and 1 for one bit."""
@@ -97,7 +101,7 @@ class LSQ(Quantizer):
 
     def _round(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return, for `v = w / s`, the codes, who passes its gradient on, the step's slope."""
-        if self.bits == 1:
+        if self._signs:
             sign = torch.where(v >= 0, 1, torch.where(v < 0, -1, v))  # not-a-number stays
             return sign, torch.ones_like(v, dtype=torch.bool), sign
         codes = v.clamp(self.low, self.high).round()
