@@ -1,5 +1,7 @@
 """Quantization-aware training: quantizers, models and the training loop."""
 
+from qgen_lab.qat.averaging import CodeAverage
+from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.checkpoints import CheckpointRefused
 from qgen_lab.qat.ensemble import Ensemble, Member, fit_ensemble
 from qgen_lab.qat.models import (
@@ -49,6 +51,7 @@ __all__ = [
     "MODELS",
     "BinRegularization",
     "CheckpointRefused",
+    "CodeAverage",
     "Cooldown",
     "Diverged",
     "Ensemble",
@@ -86,6 +89,7 @@ __all__ = [
     "quantize_activations",
     "quantize_weights",
     "recipes",
+    "reestimate_batch_norm",
     "resnet18",
     "resnet50",
     "step_sizes",
