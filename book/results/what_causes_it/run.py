@@ -95,15 +95,8 @@ def train(condition: str, name: str, seed: int) -> dict:
     """One run: its row of figures, its sharpness, its bin widths, the curves of full precision."""
     arm = ARMS[name]
     splits = load_dataset("digits", seed=seed, validation=VALIDATION, **CONDITIONS[condition])
-    model = nin(width_multiplier=arm.channels, **MODEL, seed=seed)
+    model = build(condition, arm, seed)
     objective = None
-    if arm.bits is not None:
-        quantize_weights(model, arm.bits)
-    if arm.noise is not None:
-        for layer, width in widths_of(condition, seed, arm.noise).items():
-            # Two bits are three levels, so that the half range is the bin width.
-            grid = FixedWidth(width, relative=True)
-            quantize_weights(model, 2, partial(NoiseInjection, grid=grid), layers=layer)
     if arm.penalty is not None:
         objective = NoisePenalty(widths_of(condition, seed, arm.penalty), relative=True)
     curves = []
@@ -124,6 +117,19 @@ def train(condition: str, name: str, seed: int) -> dict:
         "sharpness": [key | row for row in sharpness],
         "widths": [key | row for row in width_table(model)] if arm.bits else [],
     }
+
+
+def build(condition: str, arm: Arm, seed: int) -> nn.Module:
+    """The network before training, with quantizers or noise on its weights."""
+    model = nin(width_multiplier=arm.channels, **MODEL, seed=seed)
+    if arm.bits is not None:
+        quantize_weights(model, arm.bits)
+    if arm.noise is not None:
+        for layer, width in widths_of(condition, seed, arm.noise).items():
+            # The grid of two bits has four levels: three bins from end to end.
+            grid = FixedWidth(1.5 * width, relative=True)
+            quantize_weights(model, 2, partial(NoiseInjection, grid=grid), layers=layer)
+    return model
 
 
 def record_epoch(splits: Splits, curves: list, epoch: int, model: nn.Module) -> None:
