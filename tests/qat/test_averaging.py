@@ -11,6 +11,7 @@ from torch import nn
 from qgen_lab.codebooks import Codebook, power_of_two, uniform
 from qgen_lab.qat import (
     LSQ,
+    FixedWidth,
     averaging,
     codes,
     kernels,
@@ -97,6 +98,8 @@ ARRANGEMENTS = {
     "uniform": {"bits": None, "quantizer": uniform(2, 0.2)},
     "power of two": {"bits": None, "quantizer": power_of_two(3, 0.2)},
     "uneven": {"bits": None, "quantizer": Codebook([-0.3, -0.05, 0.1, 0.2, 0.4])},
+    "fixed width": {"bits": 2, "quantizer": FixedWidth(0.2)},
+    "relative width": {"bits": 2, "quantizer": FixedWidth(2.0, relative=True)},
     **{name: {"bits": 3, "quantizer": name} for name in quantizers.registry if name != "lsq"},
 }
 
