@@ -53,7 +53,7 @@ EASY = [  # weights, instances, sweeps, restarts in each half
 ]
 HARDER = [(n, 6 * count // 10, *search) for n, count, *search in EASY[:4]]
 HARD = [*HARDER[:3], (40, 720, 1000, 64)]
-HARDEST = [(5, 2000, 300, 32), (10, 600, 4000, 32), (15, 120, 8000, 48)]
+HARDEST = [(5, 600, 300, 32), (10, 200, 4000, 32), (15, 60, 4000, 32)]
 LARGE = [(400, 24, 1000, 1), (400, 24, 20_000, 1)]
 ANNEALED = {
     "A": [*EASY, *LARGE],
