@@ -321,7 +321,7 @@ def test_half_precision_needs_a_gpu(classes):
 
 
 def test_codes_are_averaged_from_their_share_of_the_steps_on(classes):
-    recipe = replace(HAND, average_codes_from=0.4)  # 9 steps: from the fifth, counted from 1, on
+    recipe = replace(HAND, average_codes_from=4 / 9)  # of 9 steps: from the fifth on
 
     def step(model, optimizer, inputs, targets, number):
         optimizer.zero_grad()
