@@ -4,9 +4,12 @@ A step is forward, cross entropy, backward and SGD (momentum 0.9, weight decay 5
 convolutions and linear layers at 4 bits, weights only. All variants live in one process with one
 thread. Each round steps each of them, the order rotated, one untimed step before each timed one.
 A ratio is the median over the rounds of a variant's CPU time over that of full precision in the
-same round.
+same round. Peers have LSQ's arithmetic; so have our quantizers down to the fixed width.
 
     python benchmarks/training_step.py [--rounds N]
+
+Brevitas counts where it is installed. It asks for an older setuptools than the book's: give it an
+environment of its own, `pip install . brevitas`.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +30,21 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from qgen_lab._torchvision import torchvision
-from qgen_lab.qat import nin, parameter_groups, quantize_weights
+from qgen_lab.qat import LSQ, FixedWidth, nin, parameter_groups, quantize_weights
 
 BITS = 4
 LOW, HIGH = -(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1
 LAYERS = (nn.Conv2d, nn.Linear)
+OURS = {
+    "LSQ": "lsq",
+    "LSQ, a step per channel": lambda weight, bits, _: LSQ(weight, bits, channel_dim=0),
+    "LSQ, two blocks of channels": partial(LSQ, groups=2),
+    "fixed width": FixedWidth(0.05),
+    "fixed relative width": FixedWidth(2.0, relative=True),
+    "power of two": "power-of-two",
+    "Lloyd-Max": "lloyd-max",
+    "noise": "noise",
+}
 HAS_BREVITAS = importlib.util.find_spec("brevitas") is not None
 
 
@@ -163,11 +177,14 @@ def variants(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Varian
 
     found = {
         "full precision": Variant(start(), batch),
-        "ours": Variant(quantize_weights(start(), BITS), batch),
+        **{
+            name: Variant(quantize_weights(start(), BITS, quantizer), batch)
+            for name, quantizer in OURS.items()
+        },
         "plain autograd function": Variant(with_function(start(), PlainLSQ.apply), batch),
         "torch's learnable operator": Variant(with_function(start(), torch_operator), batch),
         "full precision, channels last": Variant(start(), batch, torch.channels_last),
-        "ours, channels last": Variant(quantize_weights(start(), BITS), batch, torch.channels_last),
+        "LSQ, channels last": Variant(quantize_weights(start(), BITS), batch, torch.channels_last),
     }
     if HAS_BREVITAS:
         found["Brevitas"] = Variant(with_brevitas(start()), batch)
@@ -241,7 +258,7 @@ def main() -> None:
         print(f"\n{title}, 3x32x32, {rounds} rounds\n{table.round(3).to_string(na_rep='-')}")
         print(
             f"floor: {megabytes:.1f} MB in and out of memory, {milliseconds:.2f} ms at the speed of"
-            f" a copy; ours takes {table.at['ours', 'quantizer alone, ms']:.2f} ms"
+            f" a copy; our LSQ takes {table.at['LSQ', 'quantizer alone, ms']:.2f} ms"
         )
 
 
