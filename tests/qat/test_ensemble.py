@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss, nll_loss
 
 from qgen_lab.data import load_dataset
 from qgen_lab.qat.ensemble import ENGINES, Member, fit_ensemble
@@ -16,7 +17,9 @@ from qgen_lab.qat.recipes import OPTIMIZERS, Recipe
 from qgen_lab.qat.schedules import Cooldown
 from qgen_lab.qat.training import evaluate, fit
 
-FAST = [name for name in ENGINES if name != "sequential"]
+# Loops that are not compiled are tried on a tiny case only.
+FAST = ["batched"] if numba.config.DISABLE_JIT else ["batched", "jitted"]
+RUN_HERE = ["sequential", *FAST]
 SHORT = Recipe(epochs=2, batch_size=32)
 
 
@@ -156,6 +159,24 @@ def test_validation_data_and_metrics(digits, engine):
     assert kept.metrics == pytest.approx(ensemble.histories[0].validation.metrics)
 
 
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_compiled_loops_on_a_tiny_case(optimizer):
+    """The only test of them that also runs where nothing is compiled."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(7, 2, 3, 5, generator=generator).double(), torch.arange(7) % 3
+    recipe = Recipe(epochs=2, batch_size=4, optimizer=optimizer, learning_rate=0.01)
+    members = [Member(recipe, bits, seed) for seed, bits in enumerate([None, 3, 1])]
+
+    def build(seed):
+        return nin(2, 2, num_classes=3, in_channels=2, base_width=1, seed=seed).double()
+
+    ensemble = fit_ensemble(build, members, data, engine="jitted")
+    for member, model, history in zip(members, ensemble.models, ensemble.histories, strict=True):
+        twin, expected = single(build, data, member)
+        assert_same_history(history, expected, 1e-9)
+        assert distance(model, twin) < 1e-9
+
+
 def test_a_step_below_its_floor_is_put_back_in_any_precision():
     for dtype in (torch.float32, torch.float64):
         quantizer = LSQ(torch.ones(4, 3, dtype=dtype), bits=4)
@@ -215,7 +236,7 @@ def test_kernels_of_any_shape():
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", RUN_HERE)
 def test_a_model_that_diverges_goes_alone(digits, engine):
     data = pair(digits.train)
     steady = Member(SHORT, 4, seed=0)
@@ -235,7 +256,7 @@ def test_a_model_that_diverges_goes_alone(digits, engine):
     assert ensemble.to_frame()["diverged"].tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", RUN_HERE)
 def test_a_model_stops_at_its_loss(digits, engine):
     recipe = Recipe(epochs=6, batch_size=32, learning_rate=0.1)
     losses = fit_ensemble(digits_nin, [Member(recipe)], digits.train).histories[0].train_loss
@@ -256,7 +277,7 @@ def test_workers_and_groups_change_nothing(digits, engine, monkeypatch):
     ]
     data = pair(digits.train)
     one = fit_ensemble(double_nin, members, data, engine=engine)
-    monkeypatch.setattr("qgen_lab.qat.ensemble.batched.GROUP", 2)
+    monkeypatch.setattr("qgen_lab.qat.ensemble.group.GROUP", 2)
     two = fit_ensemble(double_nin, members, data, engine=engine, workers=2)
     for a, b in zip(one.models, two.models, strict=True):
         assert distance(a, b) < 1e-12
@@ -321,6 +342,31 @@ def residual_net(seed):
 def test_the_batched_engine_says_what_it_does_not_support(digits, build, member, reason):
     with pytest.raises(ValueError, match=reason):
         fit_ensemble(build, [member], digits.train, engine="batched")
+
+
+@pytest.mark.parametrize(
+    ("build", "recipe", "loss", "reason"),
+    [
+        (digits_nin, SHORT, nll_loss, "loss is not"),
+        (digits_nin, ENDS[0].recipe, cross_entropy, "average_codes_from"),
+        (lambda seed: mlp(64, [4], 10), SHORT, cross_entropy, "are not Conv2d"),
+        (
+            lambda seed: nn.Sequential(
+                nn.Conv2d(1, 10, 3),
+                nn.BatchNorm2d(10),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+            ),
+            SHORT,
+            cross_entropy,
+            "without bias",
+        ),
+    ],
+)
+def test_the_jitted_engine_says_what_it_does_not_support(digits, build, recipe, loss, reason):
+    with pytest.raises(ValueError, match=reason):
+        fit_ensemble(build, [Member(recipe)], digits.train, loss, engine="jitted")
 
 
 def test_bad_arguments(digits):

@@ -1,21 +1,14 @@
 """All models of a group in each operation: batched products on a CPU or a GPU, in torch."""
 
-import math
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch.func import vmap
 from tqdm import tqdm
 
 from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.ensemble import layers
-from qgen_lab.qat.ensemble.group import GroupRun, samples_last
+from qgen_lab.qat.ensemble.group import GroupRun, fit_in_groups, samples_last
 from qgen_lab.qat.ensemble.optimizers import OPTIMIZERS, RowOptimizer
 from qgen_lab.qat.ensemble.protocol import Cohort, Member, Outcome
-
-# Models that share each operation. On a CPU their activations should stay in the cache; more save
-# nothing, since the rows of the products are long already.
-GROUP = 16
 
 # What a recipe can ask for beyond this engine, and the value that does not ask for it.
 _PLAIN = {"augmentation": "none", "precision": "float32", "sharpness_radius": 0.0}
@@ -44,18 +37,7 @@ class Batched:
 
     def fit(self, cohort: Cohort, bar: tqdm) -> list[Outcome]:
         """Train group after group, or `workers` groups side by side."""
-        order = sorted(range(len(cohort)), key=lambda i: cohort.members[i].recipe.optimizer)
-        size = min(GROUP, math.ceil(len(order) / cohort.workers))
-        groups = [order[i : i + size] for i in range(0, len(order), size)]
-
-        def fit_group(indices: list[int]) -> list[Outcome]:
-            return BatchedRun(cohort.take(indices)).outcomes(bar)
-
-        outcomes = {}
-        with ThreadPoolExecutor(cohort.workers) as pool:
-            for indices, found in zip(groups, pool.map(fit_group, groups), strict=True):
-                outcomes |= dict(zip(indices, found, strict=True))
-        return [outcomes[i] for i in range(len(cohort))]
+        return fit_in_groups(BatchedRun, cohort, bar)
 
 
 def _refuses_recipe(member: Member) -> str | None:

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batches import Batches
 from qgen_lab.qat.ensemble.batched import Batched
+from qgen_lab.qat.ensemble.jitted import Jitted
 from qgen_lab.qat.ensemble.protocol import Cohort, Engine, Ensemble, Member
 from qgen_lab.qat.ensemble.sequential import Sequential
 from qgen_lab.qat.training import Loss, Metrics
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Sequential(), Batched())}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Sequential(), Batched(), Jitted())}
 """Engines by name. Add one's own here and `fit_ensemble` finds it."""
 
 

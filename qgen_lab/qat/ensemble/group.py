@@ -1,8 +1,10 @@
 """Training of one group of models side by side: all but the steps themselves."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -28,6 +30,26 @@ from qgen_lab.qat.training import (
     _NotFinite,
     evaluate,
 )
+
+# Models that share each operation. On a CPU their activations should stay in the cache; more save
+# nothing, since the rows of the products are long already.
+GROUP = 16
+
+
+def fit_in_groups(run: type["GroupRun"], cohort: Cohort, bar: tqdm) -> list[Outcome]:
+    """Train group after group of a cohort, or `workers` groups side by side."""
+    order = sorted(range(len(cohort)), key=lambda i: cohort.members[i].recipe.optimizer)
+    size = min(GROUP, math.ceil(len(order) / cohort.workers))
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+
+    def fit_group(indices: list[int]) -> list[Outcome]:
+        return run(cohort.take(indices)).outcomes(bar)
+
+    outcomes = {}
+    with ThreadPoolExecutor(cohort.workers) as pool:
+        for indices, found in zip(groups, pool.map(fit_group, groups), strict=True):
+            outcomes |= dict(zip(indices, found, strict=True))
+    return [outcomes[i] for i in range(len(cohort))]
 
 
 class GroupRun(ABC):
@@ -69,6 +91,11 @@ class GroupRun(ABC):
         self.average.put(self.kept[0])
         self.stack.write_back(self.kept)
         return [self._outcome(k) for k in range(len(self.models))]
+
+    def outputs(self, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs of all models, shape (K, N, ...), and targets, batch by batch of a clean pass."""
+        for inputs, targets in source.batches():
+            yield self.stack(samples_last(inputs[None]), training=False), targets
 
     def running(self) -> list[int]:
         """The models that are still trained."""
@@ -121,8 +148,7 @@ class GroupRun(ABC):
     def _evaluate(self, source: Source) -> list[Evaluation]:
         """The clean pass of all models; means weighed by batch size, summed in float64."""
         values, sizes = [], []
-        for inputs, targets in source.batches():
-            outputs = self.stack(samples_last(inputs[None]), training=False)
+        for outputs, targets in self.outputs(source):
             measures = (self.loss, *self.metrics.values())
             results = [vmap(measure, in_dims=(0, None))(outputs, targets) for measure in measures]
             values.append(torch.stack([_mean_per_model(result) for result in results]))

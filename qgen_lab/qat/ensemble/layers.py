@@ -138,10 +138,11 @@ class _Patches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, kernel, stride, padding):
-        """Copy one slice per place in the kernel."""
+        """Copy what each place in the kernel sees."""
         ctx.sizes = x.shape, kernel, stride, padding
         padded = functional.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-        return torch.stack(_slices(padded, kernel, stride), 2).flatten(1, 2)
+        seen = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+        return seen.permute(0, 1, 5, 6, 2, 3, 4).flatten(1, 3)
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,6 +1,7 @@
 """K models of one architecture as one: a matrix of parameters, one row a model."""
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,16 @@ class Stack:
             [[quantizer_of(layer) for layer in layers] for layers in weighted.values()],
         )
         self._sizes = [part.shape[1] for part in rows]
+        ends = list(accumulate(self._sizes))
+        self.columns = {
+            name: slice(end - size, end)
+            for name, size, end in zip(self._sources, self._sizes, ends, strict=True)
+        }
         self.weights = slice(0, sum(self._sizes[: len(weighted)]))
         self.steps = slice(sum(self._sizes), None)
         self.parameters = torch.cat([*rows, self.lsq.steps], 1).requires_grad_()
         self._layers = [TWINS[kind_of(c[0])](name, c) for name, c in columns.items()]
-        self._norms = [layer for layer in self._layers if isinstance(layer, BatchNorm)]
+        self.norms = [layer for layer in self._layers if isinstance(layer, BatchNorm)]
 
     @property
     def decayed(self) -> Tensor:
@@ -100,7 +106,7 @@ class Stack:
 
     def state(self) -> list[Tensor]:
         """All that training changes, one row a model; not copies."""
-        return [self.parameters.detach(), *(part for norm in self._norms for part in norm.state)]
+        return [self.parameters.detach(), *(part for norm in self.norms for part in norm.state)]
 
     @torch.no_grad()
     def write_back(self, state: list[Tensor]) -> None:
@@ -112,7 +118,7 @@ class Stack:
                 read(layer).copy_(row.view(read(layer).shape))
         self.lsq.write_back(parameters[:, self.steps])
         count = len(BatchNorm.buffers)
-        for n, norm in enumerate(self._norms):
+        for n, norm in enumerate(self.norms):
             norm.write_back(statistics[count * n : count * (n + 1)])
 
 
