@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, nll_loss
 
 from qgen_lab.data import load_dataset
-from qgen_lab.qat.ensemble import ENGINES, Member, fit_ensemble
+from qgen_lab.qat.ensemble import ENGINES, Member, fit_ensemble, group
 from qgen_lab.qat.models import mlp, nin
 from qgen_lab.qat.quantizers import LSQ, quantize_weights
 from qgen_lab.qat.recipes import OPTIMIZERS, Recipe
@@ -277,7 +277,7 @@ def test_workers_and_groups_change_nothing(digits, engine, monkeypatch):
     ]
     data = pair(digits.train)
     one = fit_ensemble(double_nin, members, data, engine=engine)
-    monkeypatch.setattr("qgen_lab.qat.ensemble.group.GROUP", 2)
+    monkeypatch.setitem(group.GROUP_BYTES, "cpu", 500_000)
     two = fit_ensemble(double_nin, members, data, engine=engine, workers=2)
     for a, b in zip(one.models, two.models, strict=True):
         assert distance(a, b) < 1e-12

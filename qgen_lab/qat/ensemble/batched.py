@@ -19,9 +19,9 @@ class Batched:
 
     Notes
     -----
-    Memory: four to six copies of the parameters (gradient, optimizer, kept epoch) and, for a
-    training step, about three times the activations of `GROUP` models, plus the patches under each
-    kernel larger than one pixel.
+    Groups are as large as `group.GROUP_BYTES` of activations allow: 32 MiB on a CPU, 8 GiB on a
+    GPU. A step needs about that, the patches under each kernel larger than one pixel (its inputs
+    times its taps over its strides), and four to six copies of the group's parameters.
     """
 
     name = "batched"

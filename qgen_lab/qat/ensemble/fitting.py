@@ -1,6 +1,7 @@
 """The one call: build the members, choose an engine, train."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -135,18 +136,21 @@ def _choose(cohort: Cohort, name: str) -> tuple[Engine, dict[str, float]]:
         raise ValueError(f"no engine supports these members: {reasons}")
     if len(able) == 1:
         return able[0], {}
-    measured = {engine.name: _seconds_per_step(engine, cohort) for engine in able}
+    measured = {}
+    count = 1
+    for engine in able:
+        measured[engine.name] = seconds = _seconds_per_step(engine, cohort, count)
+        count = max(2, min(32, round(_TRIAL_SECONDS / (seconds * _TRIAL_STEPS))))
     return ENGINES[min(measured, key=measured.get)], measured
 
 
-_TRIAL_MEMBERS, _TRIAL_STEPS = 16, 3
+_TRIAL_SECONDS, _TRIAL_STEPS = 0.5, 3
 
 
-def _seconds_per_step(engine: Engine, cohort: Cohort) -> float:
+def _seconds_per_step(engine: Engine, cohort: Cohort, count: int) -> float:
     """Wall time per step and model of a short training of copies, after a first to warm up."""
     batch_size = cohort.members[0].recipe.batch_size
-    stride = max(1, len(cohort) // _TRIAL_MEMBERS)
-    indices = list(range(0, len(cohort), stride))[:_TRIAL_MEMBERS]
+    indices = list(range(0, len(cohort), math.ceil(len(cohort) / count)))
     data = _first_samples(cohort.data, _TRIAL_STEPS * batch_size)
     times = []
     for _ in range(2):

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Source
 from qgen_lab.qat.ensemble.averages import CodeAverages
+from qgen_lab.qat.ensemble.layers import WEIGHTED, kind_of, layers_of
 from qgen_lab.qat.ensemble.protocol import Cohort, Outcome
 from qgen_lab.qat.ensemble.stack import Stack
 from qgen_lab.qat.recipes import Recipe
@@ -31,25 +33,43 @@ from qgen_lab.qat.training import (
     evaluate,
 )
 
-# Models that share each operation. On a CPU their activations should stay in the cache; more save
-# nothing, since the rows of the products are long already.
-GROUP = 16
+# Bytes of activations that a group may have in a training step. On a CPU more than some dozen MB no
+# longer fit into its caches, and longer operations gain nothing.
+GROUP_BYTES = {"cpu": 32 * 2**20, "cuda": 8 * 2**30}
+_COPIES = 3  # of a convolution's output in a step: as it is, normalised, and after ReLU
 
 
 def fit_in_groups(run: type["GroupRun"], cohort: Cohort, bar: tqdm) -> list[Outcome]:
     """Train group after group of a cohort, or `workers` groups side by side."""
     order = sorted(range(len(cohort)), key=lambda i: cohort.members[i].recipe.optimizer)
-    size = min(GROUP, math.ceil(len(order) / cohort.workers))
+    size = min(_group_size(cohort), math.ceil(len(order) / cohort.workers))
     groups = [order[i : i + size] for i in range(0, len(order), size)]
 
-    def fit_group(indices: list[int]) -> list[Outcome]:
-        return run(cohort.take(indices)).outcomes(bar)
+    def train_group(indices: list[int]) -> "GroupRun":
+        started = run(cohort.take(indices))
+        started.train(bar)
+        return started
 
-    outcomes = {}
     with ThreadPoolExecutor(cohort.workers) as pool:
-        for indices, found in zip(groups, pool.map(fit_group, groups), strict=True):
-            outcomes |= dict(zip(indices, found, strict=True))
-    return [outcomes[i] for i in range(len(cohort))]
+        trained = (map if cohort.workers == 1 else pool.map)(train_group, groups)
+        outcomes = [outcome for group in trained for outcome in group.outcomes()]
+    by_index = dict(zip(chain(*groups), outcomes, strict=True))
+    return [by_index[i] for i in range(len(cohort))]
+
+
+def _group_size(cohort: Cohort) -> int:
+    """How many models' activations `GROUP_BYTES` hold."""
+    model, recipe = cohort.models[0], cohort.members[0].recipe
+    source = Source(cohort.data.train if isinstance(cohort.data, Splits) else cohort.data, model)
+    x, _ = next(source.batches(1))
+    numbers = 0
+    model.eval()
+    with torch.no_grad():
+        for _, layer in layers_of(model):
+            x = layer(x)
+            numbers += x.numel() if kind_of(layer) in WEIGHTED else 0
+    bytes_per_model = _COPIES * numbers * x.element_size() * recipe.batch_size
+    return max(1, GROUP_BYTES[x.device.type] // bytes_per_model)
 
 
 class GroupRun(ABC):
@@ -82,14 +102,20 @@ class GroupRun(ABC):
         Call `end_if_not_finite` before each step is taken, and `average.update` after it.
         """
 
-    def outcomes(self, bar: tqdm) -> list[Outcome]:
-        """Train; how it went for each model."""
+    def train(self, bar: tqdm) -> None:
+        """Train all epochs and put the kept states into the models."""
         for number in range(1, self.recipes[0].epochs + 1):
             if self.running():
                 self._epoch(number)
             bar.update(len(self.models))
         self.average.put(self.kept[0])
         self.stack.write_back(self.kept)
+
+    def outcomes(self) -> list[Outcome]:
+        """How it went for each model, with what recipes ask for at the end.
+
+        Not in a thread: passes over single models handle PyTorch's global random state.
+        """
         return [self._outcome(k) for k in range(len(self.models))]
 
     def outputs(self, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
