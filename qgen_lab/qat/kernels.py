@@ -317,18 +317,17 @@ def _pass_inside(weight, levels, grad, result):
 def _level_gradients(weight, levels, grad, grad_levels):
     n, run = levels.shape[1], weight.size // len(levels)
     values, bounds = np.empty(n, np.float32), np.empty(n - 1, np.float32)
-    # Of the interval below each level, and of the one above the last: where it begins, one over its
-    # length, the bound inside it, and what a weight beyond the levels adds.
-    begin, inverse = np.zeros(n + 1, np.float32), np.zeros(n + 1, np.float32)
+    # Of the interval below each level, and of the one above the last: where it begins, its length,
+    # the bound inside it, and what a weight beyond the levels adds.
+    begin, length = np.zeros(n + 1, np.float32), np.full(n + 1, np.inf, np.float32)
     middle, beyond = np.full(n + 1, np.inf, np.float32), np.zeros(n + 1, np.float32)
     beyond[0] = beyond[n] = 1
     count = np.empty(_BLOCK, np.int32)
     for c in range(len(levels)):
         _tables(levels[c], values, bounds)
         for k in range(1, n):
-            gap = values[k] - values[k - 1]
             begin[k], middle[k] = values[k - 1], bounds[k - 1]
-            inverse[k] = 1 / gap if gap > 0 else np.float32(0)
+            length[k] = values[k] - values[k - 1]  # if zero, no weight lies in between
         values[n - 1] = np.nextafter(values[n - 1], np.float32(-np.inf))  # on it is beyond it
         sums = np.zeros((4, n + 1))  # side by side, since one sum waits for the one before
         for start in range(c * run, (c + 1) * run, _BLOCK):
@@ -337,7 +336,7 @@ def _level_gradients(weight, levels, grad, grad_levels):
             _count_below(values, w, count)
             for i in range(w.size):
                 k = np.uint32(count[i])
-                share = (w[i] - begin[k]) * inverse[k] - np.float32(w[i] > middle[k])
+                share = (w[i] - begin[k]) / length[k] - np.float32(w[i] > middle[k])
                 sums[i & 3, k] += g[i] * (beyond[k] + share)
         grad_levels[c] = sums[:, 1:].sum(0) - sums[:, :-1].sum(0)
         grad_levels[c, 0] += 2 * sums[:, 0].sum()

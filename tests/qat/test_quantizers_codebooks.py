@@ -291,6 +291,15 @@ def test_a_scale_pushed_below_zero_is_put_back_on_its_floor():
     torch.testing.assert_close(quantizer.floor, 0.01 * weight.square().mean().sqrt())
 
 
+def test_zero_between_levels_that_are_hardly_numbers():
+    """At 8 bits the smallest levels are 1e-39 apart, where one over the distance overflows."""
+    weight = normal(10, 10)
+    weight[0] = 0
+    quantizer = PowerOfTwo(weight, 8)
+    quantizer(weight).sum().backward()
+    assert quantizer.scale.grad.isfinite()
+
+
 @pytest.mark.parametrize("member", ["power-of-two", "lloyd-max"])
 def test_learned_levels_of_more_than_8_bits_are_refused(member):
     with pytest.raises(ValueError, match=r"bits = 9.*1 to 8 bits"):
