@@ -77,6 +77,14 @@ CONDITIONS = {
         replace(RECIPE, epochs=500, batch_size=384, learning_rate=0.02),
         (32, 2, 1), tuple(range(8)), CONSTANT,
     ),
+    # Added when the others were in: their lengths, 5, 50 and 250 steps, were no fair test.
+    "full-batch-long": Condition(
+        {"name": "digits", "size": 384, "label_noise": 0.2},
+        DIGITS | {"width_multiplier": 8},
+        replace(RECIPE, epochs=1500, batch_size=384, learning_rate=0.02),
+        (32, 2, 1), tuple(range(10, 18)),
+        ("constant", *_names("constant", (1, 4), (0.02, 0.08, 0.32))),
+    ),
     "cifar": Condition(
         {"name": "cifar10", "size": 5120},
         {"depth": 3, "width_multiplier": 24, "base_width": 1},
