@@ -1,7 +1,11 @@
 """What the tests of quantizers share: a small network, images, and random numbers."""
 
+import numba
 import torch
 from torch import nn
+
+# Few to many; uncompiled, the search for the best 256 levels alone takes half a minute.
+BITS = (1, 2, 3) if numba.config.DISABLE_JIT else (1, 2, 3, 5, 8)
 
 
 def network(seed=0):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from samples import images, network, normal
+from samples import BITS, images, network, normal
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -225,7 +225,7 @@ class Ternary(Quantizer):
 
 RELATIVE = FixedWidth(2.0, relative=True)
 MEMBERS = {
-    **{f"{name}, {b} bits": (name, b) for name in quantizers.registry for b in (1, 2, 3, 5, 8)},
+    **{f"{name}, {b} bits": (name, b) for name in quantizers.registry for b in BITS},
     "lsq, 16 bits": ("lsq", 16),
     "lsq in blocks": (partial(LSQ, groups=1), 4),
     "codebook": (power_of_two(3, 0.4), None),
