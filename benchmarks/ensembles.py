@@ -3,10 +3,10 @@
 The eager baseline is a training loop as one writes it, one model after another: our quantizer, the
 images in PyTorch's usual layout, SGD, and the clean pass over the training set after each epoch,
 which `fit` makes too. "sequential" is `fit` itself, with channels last. All do the same work: 4-bit
-LSQ, momentum 0.9, batches of 128, some epochs, each with its clean pass; the building of models
-counts too. One thread, one process; each round runs every variant once, the order rotated; medians
-over the rounds. The floor is the arithmetic of the convolutions (three products a training step, one
-in the clean pass) at the rate of a large matrix product in the same run.
+LSQ, momentum 0.9, batches of 128, some epochs, each with its clean pass; building models counts.
+One thread, one process; each round runs every variant once, the order rotated; medians over rounds.
+The floor is the arithmetic of the convolutions (three products a training step, one in the clean
+pass) at the rate of a large matrix product in the same run.
 
     python benchmarks/ensembles.py [--rounds N]
     python benchmarks/ensembles.py --pool 0.2 --workers 2

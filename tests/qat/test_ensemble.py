@@ -283,6 +283,19 @@ def test_workers_and_groups_change_nothing(digits, engine, monkeypatch):
         assert distance(a, b) < 1e-12
 
 
+def test_worker_processes_of_the_sequential_engine(digits):
+    wild = Member(replace(SHORT, learning_rate=1e200), None, seed=1)
+    members = [Member(SHORT, 4), wild, Member(SHORT, 2, seed=2)]
+    one, two = (
+        fit_ensemble(digits_nin, members, digits, engine="sequential", workers=workers)
+        for workers in (1, 2)
+    )
+    for a, b in zip(one.models[::2], two.models[::2], strict=True):
+        assert distance(a, b) == 0
+    assert_same_history(two.histories[2], one.histories[2], 0)
+    assert two.diverged[1].layer == one.diverged[1].layer
+
+
 def test_auto_names_what_it_measured(digits):
     ensemble = fit_ensemble(digits_nin, EIGHT, digits.train)
     assert ensemble.engine == min(ensemble.measured, key=ensemble.measured.get)
@@ -385,8 +398,14 @@ def test_bad_arguments(digits):
         call([Member(SHORT)], engine="magic")
     with pytest.raises(ValueError, match="workers must be a positive integer, got 0"):
         call([Member(SHORT)], workers=0)
-    with pytest.raises(ValueError, match="one worker only"):
-        call([Member(SHORT)], engine="sequential", workers=2)
+    with pytest.raises(ValueError, match="can be pickled"):
+        fit_ensemble(
+            lambda seed: digits_nin(seed),
+            [Member(SHORT)],
+            digits.train,
+            engine="sequential",
+            workers=2,
+        )
     with pytest.raises(ValueError, match="of one architecture"):
         fit_ensemble(
             lambda seed: nin(1, 8 + seed, in_channels=1, base_width=1),

@@ -19,7 +19,7 @@ from qgen_lab.qat.ensemble.batched import Batched
 from qgen_lab.qat.ensemble.jitted import Jitted
 from qgen_lab.qat.ensemble.protocol import Cohort, Engine, Ensemble, Member
 from qgen_lab.qat.ensemble.sequential import Sequential
-from qgen_lab.qat.training import Loss, Metrics
+from qgen_lab.qat.evaluation import Loss, Metrics
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Sequential(), Batched(), Jitted())}
 """Engines by name. Add one's own here and `fit_ensemble` finds it."""
@@ -58,7 +58,8 @@ def fit_ensemble(
     device : torch.device or str, optional
         Where to train; by default where `build` puts the models.
     workers : int
-        Threads that train groups of models side by side, for the engines that can.
+        How many models or groups are trained side by side: threads, and for the engine "sequential"
+        processes. Keep the number of threads of each low (``OMP_NUM_THREADS=1``).
     progress : bool, optional
         Show a progress bar. By default only on a terminal.
 
@@ -96,7 +97,7 @@ def fit_ensemble(
     models = [member.build(build) for member in members]
     if device is not None:
         models = [model.to(device) for model in models]
-    cohort = Cohort(models, members, data, loss, metrics, workers)
+    cohort = Cohort(build, models, members, data, loss, metrics, workers)
     chosen, measured = _choose(cohort, engine)
     with _bar(cohort, progress) as bar:
         start = time.perf_counter()

@@ -16,22 +16,15 @@ from tqdm import tqdm
 from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Source
+from qgen_lab.qat.divergence import _diverged, _NotFinite
 from qgen_lab.qat.ensemble.averages import CodeAverages
 from qgen_lab.qat.ensemble.layers import WEIGHTED, kind_of, layers_of
 from qgen_lab.qat.ensemble.protocol import Cohort, Outcome
 from qgen_lab.qat.ensemble.stack import Stack
+from qgen_lab.qat.evaluation import Evaluation, _check, evaluate
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.schedules import learning_rates
-from qgen_lab.qat.training import (
-    Evaluation,
-    History,
-    _check,
-    _diverged,
-    _Epoch,
-    _history,
-    _NotFinite,
-    evaluate,
-)
+from qgen_lab.qat.training import History, _Epoch, _history
 
 # Bytes of activations that a group may have in a training step. On a CPU more than some dozen MB no
 # longer fit into its caches, and longer operations gain nothing.

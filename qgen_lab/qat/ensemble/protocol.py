@@ -1,7 +1,7 @@
 """What a member is, what an engine must do, and what comes back."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,9 +9,11 @@ import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
+from qgen_lab.qat.divergence import Diverged
+from qgen_lab.qat.evaluation import Loss, Metrics
 from qgen_lab.qat.quantizers import quantize_weights
 from qgen_lab.qat.recipes import Recipe
-from qgen_lab.qat.training import Diverged, History, Loss, Metrics
+from qgen_lab.qat.training import History
 
 FULL_PRECISION = 32
 
@@ -63,6 +65,7 @@ class Member:
 class Cohort:
     """What an engine is given: models at their start, beside how each is to be trained."""
 
+    build: Callable[[int], nn.Module]
     models: list[nn.Module]
     members: list[Member]
     data: Any
@@ -76,8 +79,7 @@ class Cohort:
     def take(self, indices: list[int]) -> "Cohort":
         """The cohort of some of the members."""
         models = [self.models[i] for i in indices]
-        members = [self.members[i] for i in indices]
-        return Cohort(models, members, self.data, self.loss, self.metrics, self.workers)
+        return replace(self, models=models, members=[self.members[i] for i in indices])
 
 
 @dataclass(frozen=True)
