@@ -173,8 +173,9 @@ def test_compiled_loops_on_a_tiny_case(optimizer):
     ensemble = fit_ensemble(build, members, data, engine="jitted")
     for member, model, history in zip(members, ensemble.models, ensemble.histories, strict=True):
         twin, expected = single(build, data, member)
-        assert_same_history(history, expected, 1e-9)
-        assert distance(model, twin) < 1e-9
+        # RMSprop divides what rounding leaves of a zero gradient, 1e-17, by little more than 1e-8.
+        assert_same_history(history, expected)
+        assert distance(model, twin) < 1e-6
 
 
 def test_a_step_below_its_floor_is_put_back_in_any_precision():
