@@ -414,6 +414,8 @@ def test_bad_arguments(digits):
             digits.train,
             engine="batched",
         )
+    with pytest.raises(ValueError, match="does not take inputs of shape"):
+        fit_ensemble(lambda seed: nin(1, 8), [Member(SHORT)], digits.train, engine="batched")
     with pytest.raises(ValueError, match="labels must lie in"):
         fit_ensemble(
             lambda seed: nin(1, 8, num_classes=4, in_channels=1, base_width=1),

@@ -160,6 +160,7 @@ def _seconds_per_step(engine: Engine, cohort: Cohort, count: int) -> float:
             models=[copy.deepcopy(cohort.models[i]) for i in indices],
             members=[_shortened(cohort.members[i]) for i in indices],
             data=data,
+            workers=1,
         )
         start = time.perf_counter()
         engine.fit(trial, tqdm(disable=True))

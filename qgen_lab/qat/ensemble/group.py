@@ -28,7 +28,7 @@ from qgen_lab.qat.training import History, _Epoch, _history
 
 # Bytes of activations that a group may have in a training step. On a CPU more than some dozen MB no
 # longer fit into its caches, and longer operations gain nothing.
-GROUP_BYTES = {"cpu": 32 * 2**20, "cuda": 8 * 2**30}
+GROUP_BYTES = {"cpu": 32 * 2**20, "gpu": 8 * 2**30}
 _COPIES = 3  # of a convolution's output in a step: as it is, normalised, and after ReLU
 
 
@@ -54,6 +54,7 @@ def _group_size(cohort: Cohort) -> int:
     """How many models' activations `GROUP_BYTES` hold."""
     model, recipe = cohort.models[0], cohort.members[0].recipe
     source = Source(cohort.data.train if isinstance(cohort.data, Splits) else cohort.data, model)
+    _check(model, source, cohort.loss, cohort.metrics)
     x, _ = next(source.batches(1))
     numbers = 0
     model.eval()
@@ -62,7 +63,8 @@ def _group_size(cohort: Cohort) -> int:
             x = layer(x)
             numbers += x.numel() if kind_of(layer) in WEIGHTED else 0
     bytes_per_model = _COPIES * numbers * x.element_size() * recipe.batch_size
-    return max(1, GROUP_BYTES[x.device.type] // bytes_per_model)
+    kind = "cpu" if x.device.type == "cpu" else "gpu"
+    return max(1, GROUP_BYTES[kind] // bytes_per_model)
 
 
 class GroupRun(ABC):
