@@ -3,7 +3,7 @@
 A step's gradient is `X' (X w - y)`: two products with a vector. They are the floor, and every time
 is a multiple of theirs, measured in one process with one thread, interleaved, the median over the
 rounds. In short runs a step makes both; from about N / 8 steps on `X' X` is formed once, and a step
-makes one product with that. The peer is the same loop in plain NumPy. Below, the milliseconds of one
+makes one product with that. The peer is the same loop in plain NumPy. Below, milliseconds of one
 `straight_through` and `one_pass`: the goal is 2.
 
     python benchmarks/straight_through.py [--rounds N]
