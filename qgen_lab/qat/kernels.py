@@ -171,6 +171,13 @@ def level_gradients(
     return grad_weight, grad_levels
 
 
+def spread(weight: Tensor, steps: int) -> Tensor:
+    """Return the standard deviation of each of `steps` runs of weights, float64, `(steps,)`."""
+    result = np.empty(steps)
+    _spread(_flat(weight), result)
+    return torch.from_numpy(result)
+
+
 def _memory_format(tensor: Tensor) -> torch.memory_format | None:
     if tensor.is_contiguous():
         return torch.contiguous_format
@@ -276,6 +283,18 @@ def _count_below(bounds, w, count):
         for i in range(w.size):
             count[i] += half if bounds[np.uint32(count[i] + half - 1)] < w[i] else np.int32(0)
         size -= half
+
+
+@_compiled
+def _spread(weight, result):
+    run = weight.size // result.size
+    for c in range(result.size):
+        w = weight[c * run : (c + 1) * run]
+        total = squares = 0.0
+        for i in range(run):
+            total += np.float64(w[i])
+            squares += np.float64(w[i]) ** 2
+        result[c] = np.sqrt(max(squares / run - (total / run) ** 2, 0.0))
 
 
 @_compiled

@@ -91,6 +91,16 @@ def test_bits_must_match_a_codebook():
         quantize_weights(network(), None, CODEBOOKS["uniform"], per_channel=True)
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_spread_of_each_run(steps):
+    weight = normal(5, 4, 30) + 3 * torch.arange(5).view(5, 1, 1)
+    expected = weight.double().view(steps, -1).std(1, correction=0)
+    torch.testing.assert_close(kernels.spread(weight, steps), expected)
+    result = np.empty(steps)
+    getattr(kernels._spread, "py_func", kernels._spread)(weight.numpy().ravel(), result)
+    np.testing.assert_allclose(result, expected.numpy(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [1, 3, 6])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_relative_width_is_the_theory_s_codebook_in_standard_deviations(bits, per_channel):

@@ -194,8 +194,11 @@ class FixedCodebook(LevelQuantizer):
             self.scale = self._spread(weight).view(self.sharing.shape)
 
     def _spread(self, weight: Tensor) -> Tensor:
-        spread = self.sharing.rows(weight.detach()).std(1, correction=0)
-        return spread.clamp(min=torch.finfo(weight.dtype).tiny).double()
+        if self.sharing.suits_kernels(weight):
+            spread = kernels.spread(weight, self.sharing.steps)
+        else:
+            spread = self.sharing.rows(weight.detach()).std(1, correction=0).double()
+        return spread.clamp(min=torch.finfo(weight.dtype).tiny)
 
     def levels_for(self, weight: Tensor) -> Tensor:
         """Return the levels, scaled to the weights if they are relative."""
