@@ -36,6 +36,7 @@ from qgen_lab.qat.quantizers import (
     step_sizes,
 )
 from qgen_lab.qat.recipes import Recipe, qgen_pool, recipes
+from qgen_lab.qat.rounding import RoundedLayer, round_layer, second_moments
 from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evaluate, fit
 from qgen_lab.qat.transformers import (
@@ -65,6 +66,7 @@ __all__ = [
     "PowerOfTwo",
     "Quantizer",
     "Recipe",
+    "RoundedLayer",
     "WeightsMissing",
     "accuracy",
     "activation_steps",
@@ -92,6 +94,8 @@ __all__ = [
     "reestimate_batch_norm",
     "resnet18",
     "resnet50",
+    "round_layer",
+    "second_moments",
     "step_sizes",
     "timm_model",
     "torchvision_model",

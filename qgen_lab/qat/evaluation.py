@@ -86,7 +86,7 @@ def evaluate(
     if isinstance(data, Splits):
         raise TypeError("data holds several splits; give one of them, such as data.test")
     source = Source(data, model)
-    with _modes_restored(model), seeded(0, source.device):
+    with modes_restored(model), seeded(0, source.device):
         metrics = _check(model, source, loss, metrics)
         return _evaluate(model, source.batches(batch_size), loss, metrics)
 
@@ -155,7 +155,7 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 
 
 @contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
+def modes_restored(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -69,7 +69,7 @@ def quantize_weights(
         If an argument is not as above; if a name, pattern or type matches no layer; if a layer is
         parametrized already, or its weights are empty or not finite. The model is then unchanged.
     """
-    slots = _slots(model)
+    slots = all_slots(model)
     if not slots:
         raise ValueError("model has no convolution, linear or attention layer to quantize")
     widths = bits_of(choose({n: s.layer for n, s in slots.items()}, layers, exclude), bits)
@@ -198,13 +198,13 @@ class Slot:
 
 def quantized_slots(model: nn.Module) -> dict[str, Slot]:
     """Where each quantized weight stands, by layer, in the model's order; quantizers up to date."""
-    slots = {name: slot for name, slot in _slots(model).items() if slot.quantizer is not None}
+    slots = {name: slot for name, slot in all_slots(model).items() if slot.quantizer is not None}
     for slot in slots.values():
         slot.quantizer.follow(slot.original)
     return slots
 
 
-def _slots(model: nn.Module) -> dict[str, Slot]:
+def all_slots(model: nn.Module) -> dict[str, Slot]:
     """Every weight that can be quantized, by the name of its layer."""
     slots = {}
     for name, layer in model.named_modules():
