@@ -184,8 +184,8 @@ def main() -> None:
         pool(options.pool, options.workers, options.engine)
     else:
         digits = load_dataset("digits").train
-        images: Tensor = torch.randint(256, (128, 32, 32, 3), dtype=torch.uint8)
-        cifar = Dataset(images, torch.randint(10, (128,)), tuple("0123456789"), 0.5, 0.25)
+        images: Tensor = torch.randint(256, (512, 32, 32, 3), dtype=torch.uint8)
+        cifar = Dataset(images, torch.randint(10, (512,)), tuple("0123456789"), 0.5, 0.25)
         tasks = {
             "digits8": {"width": 8, "depth": 2, "data": digits, "epochs": 5, "models": 32},
             "digits16": {"width": 16, "depth": 2, "data": digits, "epochs": 5, "models": 20},
