@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qgen_lab.data import Dataset
 from qgen_lab.qat.batches import _BATCH_NORM, Batches, Source, channels_last
+from qgen_lab.qat.evaluation import modes_restored
 from qgen_lab.qat.recipes import Recipe
 
 __all__ = ["reestimate_batch_norm"]
@@ -106,7 +107,6 @@ class _Moments:
 @contextmanager
 def _moments_collected(model: nn.Module) -> Iterator[dict[nn.Module, _Moments]]:
     """Let each batch norm normalise by its batch, and collect what goes into it."""
-    modes = [(module, module.training) for module in model.modules()]
     layers = [
         module
         for module in model.modules()
@@ -114,15 +114,14 @@ def _moments_collected(model: nn.Module) -> Iterator[dict[nn.Module, _Moments]]:
     ]
     moments = {layer: _Moments() for layer in layers}
     hooks = [layer.register_forward_pre_hook(moments[layer].add) for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.training, layer.track_running_stats = True, False  # the buffers stay untouched
     try:
-        yield moments
+        with modes_restored(model):
+            model.eval()
+            for layer in layers:
+                layer.training, layer.track_running_stats = True, False  # buffers stay untouched
+            yield moments
     finally:
         for hook in hooks:
             hook.remove()
         for layer in layers:
             layer.track_running_stats = True
-        for module, training in modes:
-            module.training = training

@@ -9,6 +9,7 @@ look for a good `V`, each for all rows at once.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class LayerProblem:
     gram: Tensor
     levels: Tensor
 
-    @property
+    @cached_property
     def thresholds(self) -> Tensor:
         """Midpoints between neighbouring levels."""
         return self.levels[:, 1:] / 2 + self.levels[:, :-1] / 2
