@@ -145,7 +145,7 @@ class _Layer:
         if type(quantizer) is LSQ and _loops_apply(weight, quantizer):
             loop = _add_signs if quantizer.bits == 1 else _add_codes
             arrays = (weight, quantizer.step_size, self.sums, self.codes, self.moved)
-            loop(quantizer.low, quantizer.high, *(kernels._flat(array) for array in arrays))
+            loop(quantizer.low, quantizer.high, *(kernels.flat(array) for array in arrays))
             return
         training = quantizer.training
         quantizer.eval()  # what is deployed: no noise
@@ -183,7 +183,7 @@ def _loops_apply(weight: Tensor, quantizer: LSQ) -> bool:
     return kernels.plain(weight) and kernels.dense(weight) and quantizer.sharing.in_runs(weight)
 
 
-@kernels._compiled
+@kernels.compiled
 def _add_codes(low, high, weight, step, sums, codes, moved):
     low, high = np.float32(low), np.float32(high)
     run = weight.size // step.size
@@ -198,7 +198,7 @@ def _add_codes(low, high, weight, step, sums, codes, moved):
             last[i] = np.int32(code)
 
 
-@kernels._compiled
+@kernels.compiled
 def _add_signs(low, high, weight, step, sums, codes, moved):
     for i in range(weight.size):
         sign = np.int32(1) if weight[i] >= 0 else np.int32(-1)

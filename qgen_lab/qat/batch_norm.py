@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qgen_lab.data import Dataset
-from qgen_lab.qat.batches import _BATCH_NORM, Batches, Source, channels_last
+from qgen_lab.qat.batches import BATCH_NORM, Batches, Source, channels_last
 from qgen_lab.qat.evaluation import modes_restored
 from qgen_lab.qat.recipes import Recipe
 
@@ -110,7 +110,7 @@ def _moments_collected(model: nn.Module) -> Iterator[dict[nn.Module, _Moments]]:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, _BATCH_NORM) and module.track_running_stats
+        if isinstance(module, BATCH_NORM) and module.track_running_stats
     ]
     moments = {layer: _Moments() for layer in layers}
     hooks = [layer.register_forward_pre_hook(moments[layer].add) for layer in layers]

@@ -46,7 +46,7 @@ class Source:
     def __init__(self, data: Any, model: nn.Module) -> None:
         self.device = device_of(model)
         self.image_format = image_format_of(model)
-        self.has_batch_norm = any(isinstance(module, _BATCH_NORM) for module in model.modules())
+        self.has_batch_norm = any(isinstance(module, BATCH_NORM) for module in model.modules())
         if isinstance(data, tuple) and _is_pair(data):
             data = TensorPair(*data)
         if isinstance(data, Dataset | TensorPair):
@@ -110,7 +110,7 @@ def _is_pair(batch: Any) -> bool:
     return is_sequence and all(isinstance(part, Tensor) for part in batch)
 
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -42,15 +42,15 @@ class Diverged(RuntimeError):
         return self.args[3]
 
 
-class _NotFinite(Exception):
+class NotFinite(Exception):
     """A loss that is not finite, and the batches among which it arose."""
 
     def __init__(self, step: int, value: float, batches: Batches) -> None:
         self.step, self.value, self.batches = step, value, batches
 
 
-def _diverged(
-    model: nn.Module, recipe: Recipe, epoch: int, problem: _NotFinite, history: "History | None"
+def diverged_at(
+    model: nn.Module, recipe: Recipe, epoch: int, problem: NotFinite, history: "History | None"
 ) -> Diverged:
     where = f"step {problem.step}" if problem.step else "the clean pass after the epoch"
     layer, what = _first_not_finite(model, problem.batches)

@@ -87,11 +87,13 @@ def evaluate(
         raise TypeError("data holds several splits; give one of them, such as data.test")
     source = Source(data, model)
     with modes_restored(model), seeded(0, source.device):
-        metrics = _check(model, source, loss, metrics)
-        return _evaluate(model, source.batches(batch_size), loss, metrics)
+        metrics = checked_metrics(model, source, loss, metrics)
+        return evaluate_batches(model, source.batches(batch_size), loss, metrics)
 
 
-def _evaluate(model: nn.Module, batches: Batches, loss: Loss, metrics: Metrics) -> Evaluation:
+def evaluate_batches(
+    model: nn.Module, batches: Batches, loss: Loss, metrics: Metrics
+) -> Evaluation:
     """One pass in evaluation mode; means weighed by batch size, summed in float64."""
     model.eval()
     values, sizes = [], []
@@ -112,7 +114,9 @@ _IGNORE_INDEX = -100
 
 
 @torch.no_grad()
-def _check(model: nn.Module, source: Source, loss: Loss, metrics: Metrics | None) -> Metrics:
+def checked_metrics(
+    model: nn.Module, source: Source, loss: Loss, metrics: Metrics | None
+) -> Metrics:
     """Try a forward pass of two samples; the metrics to use."""
     inputs, targets = next(source.batches(), (None, None))
     if targets is None or len(targets) == 0:

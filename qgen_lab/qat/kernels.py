@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Sums may be reordered, so that they vectorise; nothing else is relaxed.
-_compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
 
 
 _SIGNS = (-1, 1)
@@ -98,7 +98,7 @@ def quantize(weight: Tensor, step: Tensor, low: int, high: int, pool: Pool) -> T
     """
     result, memory = pool.empty_like(weight)
     loop = _sign if (low, high) == _SIGNS else _round
-    loop(_flat(weight), _flat(step), low, high, memory)
+    loop(flat(weight), flat(step), low, high, memory)
     return result
 
 
@@ -120,10 +120,10 @@ def gradients(
     for_step = np.empty(step.numel(), np.float32)
     grad_step = torch.from_numpy(for_step).view(step.shape)
     if (low, high) == _SIGNS:
-        _sign_gradient(_flat(weight), _flat(grad), scale, for_step)
+        _sign_gradient(flat(weight), flat(grad), scale, for_step)
         return grad, grad_step
     grad_weight, memory = pool.empty_like(weight)
-    _round_gradients(_flat(weight), _flat(step), low, high, _flat(grad), scale, memory, for_step)
+    _round_gradients(flat(weight), flat(step), low, high, flat(grad), scale, memory, for_step)
     return grad_weight, grad_step
 
 
@@ -141,7 +141,7 @@ def nearest(weight: Tensor, levels: Tensor, pool: Pool) -> Tensor:
         Where the memory of the result comes from.
     """
     result, memory = pool.empty_like(weight)
-    _nearest(_flat(weight), levels.detach().numpy(), memory)
+    _nearest(flat(weight), levels.detach().numpy(), memory)
     return result
 
 
@@ -160,21 +160,21 @@ def level_gradients(
         Whether the levels take a gradient.
     """
     grad = grad.contiguous(memory_format=_memory_format(weight))
-    flat = _flat(weight), levels.detach().numpy(), _flat(grad)
+    arrays = flat(weight), levels.detach().numpy(), flat(grad)
     grad_weight, grad_levels = grad, torch.empty_like(levels) if learned else None
     two = levels.shape[1] == 2
     if not two:
         grad_weight, memory = pool.empty_like(weight)
-        _pass_inside(*flat, memory)
+        _pass_inside(*arrays, memory)
     if learned:
-        (_two_level_gradients if two else _level_gradients)(*flat, grad_levels.numpy())
+        (_two_level_gradients if two else _level_gradients)(*arrays, grad_levels.numpy())
     return grad_weight, grad_levels
 
 
 def spread(weight: Tensor, steps: int) -> Tensor:
     """Return the standard deviation of each of `steps` runs of weights, float64, `(steps,)`."""
     result = np.empty(steps)
-    _spread(_flat(weight), result)
+    _spread(flat(weight), result)
     return torch.from_numpy(result)
 
 
@@ -187,7 +187,7 @@ def _memory_format(tensor: Tensor) -> torch.memory_format | None:
     return None
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
+def flat(tensor: Tensor) -> np.ndarray:
     """View a dense tensor's memory as it lies."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
 
@@ -196,7 +196,7 @@ def _flat(tensor: Tensor) -> np.ndarray:
 # run is sliced before its loop, since loops over offsets into a longer array do not vectorise.
 
 
-@_compiled
+@compiled
 def _round(weight, step, low, high, result):
     low, high = np.float32(low), np.float32(high)
     run = weight.size // step.size
@@ -208,7 +208,7 @@ def _round(weight, step, low, high, result):
             out[i] = np.rint(v) * s
 
 
-@_compiled
+@compiled
 def _round_gradients(weight, step, low, high, grad, scale, grad_weight, grad_step):
     low, high = np.float32(low), np.float32(high)
     zero = np.float32(0)
@@ -226,7 +226,7 @@ def _round_gradients(weight, step, low, high, grad, scale, grad_weight, grad_ste
         grad_step[c] = scale * total
 
 
-@_compiled
+@compiled
 def _sign(weight, step, low, high, result):
     run = weight.size // step.size
     for c in range(step.size):
@@ -235,7 +235,7 @@ def _sign(weight, step, low, high, result):
             out[i] = s if w[i] >= 0 else (-s if w[i] < 0 else w[i])
 
 
-@_compiled
+@compiled
 def _sign_gradient(weight, grad, scale, grad_step):
     run = weight.size // grad_step.size
     for c in range(grad_step.size):
@@ -252,7 +252,7 @@ _BLOCK = 1024
 _FEW = 16  # so many levels are compared one by one, more of them by bisection
 
 
-@_compiled
+@compiled
 def _tables(levels, values, bounds):
     """Levels in float32, and between them the largest number that goes to the lower one."""
     for k in range(levels.size):
@@ -266,7 +266,7 @@ def _tables(levels, values, bounds):
         bounds[k] = bound
 
 
-@_compiled
+@compiled
 def _count_below(bounds, w, count):
     """Fill `count` with the number of ascending bounds that lie below each weight."""
     for i in range(w.size):
@@ -285,7 +285,7 @@ def _count_below(bounds, w, count):
         size -= half
 
 
-@_compiled
+@compiled
 def _spread(weight, result):
     run = weight.size // result.size
     for c in range(result.size):
@@ -297,7 +297,7 @@ def _spread(weight, result):
         result[c] = np.sqrt(max(squares / run - (total / run) ** 2, 0.0))
 
 
-@_compiled
+@compiled
 def _nearest(weight, levels, result):
     n, run = levels.shape[1], weight.size // len(levels)
     values, bounds = np.empty(n, np.float32), np.empty(n - 1, np.float32)
@@ -321,7 +321,7 @@ def _nearest(weight, levels, result):
                     out[i] = values[np.uint32(count[i])] if w[i] == w[i] else w[i]
 
 
-@_compiled
+@compiled
 def _pass_inside(weight, levels, grad, result):
     run, zero = weight.size // len(levels), np.float32(0)
     for c in range(len(levels)):
@@ -332,7 +332,7 @@ def _pass_inside(weight, levels, grad, result):
             out[i] = g[i] if (w[i] > low) & (w[i] < high) else zero
 
 
-@_compiled
+@compiled
 def _level_gradients(weight, levels, grad, grad_levels):
     n, run = levels.shape[1], weight.size // len(levels)
     values, bounds = np.empty(n, np.float32), np.empty(n - 1, np.float32)
@@ -361,7 +361,7 @@ def _level_gradients(weight, levels, grad, grad_levels):
         grad_levels[c, 0] += 2 * sums[:, 0].sum()
 
 
-@_compiled
+@compiled
 def _two_level_gradients(weight, levels, grad, grad_levels):
     run = weight.size // len(levels)
     values, bounds = np.empty(2, np.float32), np.empty(1, np.float32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from qgen_lab.qat.averaging import CodeAverage
-from qgen_lab.qat.batches import _BATCH_NORM, device_of
+from qgen_lab.qat.batches import BATCH_NORM, device_of
 from qgen_lab.qat.quantizers import parameter_groups
 from qgen_lab.qat.recipes import OPTIMIZERS, Recipe
 from qgen_lab.qat.schedules import learning_rates
@@ -50,7 +50,7 @@ class Steps:
         self.scaler = torch.amp.GradScaler(enabled=recipe.precision == "float16")
         self.radius = recipe.sharpness_radius
         self.own_parameters = groups[0]["params"]  # without what quantizers learn
-        self.batch_norms = [m for m in model.modules() if isinstance(m, _BATCH_NORM)]
+        self.batch_norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
         self.average, self.average_from = None, math.inf
         if recipe.average_codes_from is not None:
             self.average = CodeAverage(model)

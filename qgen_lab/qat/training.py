@@ -28,15 +28,15 @@ from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Batches, Source, channels_last, device_of
 from qgen_lab.qat.checkpoints import Checkpoint, describe
-from qgen_lab.qat.divergence import Diverged, _diverged, _NotFinite
+from qgen_lab.qat.divergence import Diverged, NotFinite, diverged_at
 from qgen_lab.qat.evaluation import (
     Evaluation,
     Loss,
     Metrics,
-    _check,
-    _evaluate,
     accuracy,
+    checked_metrics,
     evaluate,
+    evaluate_batches,
 )
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.recipes import Recipe
@@ -225,7 +225,7 @@ def fit(
         raise ValueError(f"checkpoint_every must be a positive integer, got {checkpoint_every!r}")
     with ExitStack() as stack:
         stack.enter_context(seeded(seed, device_of(model)))
-        metrics = _check(model, training, loss, metrics)
+        metrics = checked_metrics(model, training, loss, metrics)
         run = _Run(model, recipe, training, validation, loss, metrics, objective, seed)
         file = None if checkpoint is None else Checkpoint(checkpoint, run.description())
         if file is not None:
@@ -244,7 +244,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class _Epoch:
+class Epoch:
     """One row of a `History`."""
 
     number: int
@@ -255,7 +255,7 @@ class _Epoch:
     seconds: float
 
     @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> "_Epoch":
+    def from_dict(cls, row: dict[str, Any]) -> "Epoch":
         """The inverse of `dataclasses.asdict`."""
         evaluations = {
             part: row[part] and Evaluation(**row[part]) for part in ("train", "validation")
@@ -263,7 +263,7 @@ class _Epoch:
         return cls(**row | evaluations)
 
 
-def _history(epochs: list[_Epoch], kept_epoch: int) -> History:
+def history_of(epochs: list[Epoch], kept_epoch: int) -> History:
     def column(part: str, name: str) -> np.ndarray:
         return np.array([getattr(epoch, part).metrics[name] for epoch in epochs])
 
@@ -308,7 +308,7 @@ class _Run:
         self.loss, self.metrics, self.objective = loss, metrics, objective
         self.steps = Steps(model, recipe, objective or _plain(loss), training.steps(recipe) or 1)
         self.order = torch.Generator().manual_seed(seed)
-        self.epochs: list[_Epoch] = []
+        self.epochs: list[Epoch] = []
         self.kept_epoch, self.kept_state = 0, {}
 
     @property
@@ -326,16 +326,16 @@ class _Run:
                 running_loss = self._take_steps(number, bar)
                 train, validation = self._evaluate()
             if not math.isfinite(train.loss):
-                raise _NotFinite(0, train.loss, self.training.batches())
-        except _NotFinite as problem:
-            history = _history(self.epochs, self.kept_epoch) if self.epochs else None
-            raise _diverged(self.model, self.recipe, number, problem, history) from None
+                raise NotFinite(0, train.loss, self.training.batches())
+        except NotFinite as problem:
+            history = history_of(self.epochs, self.kept_epoch) if self.epochs else None
+            raise diverged_at(self.model, self.recipe, number, problem, history) from None
         if self.recipe.keep == "last":
             self.kept_epoch = number
         elif not self.epochs or train.loss < self.epochs[self.kept_epoch - 1].train.loss:
             self.kept_epoch, self.kept_state = number, _snapshot(self.model)
         rate, seconds = self.steps.first_rate(number), time.perf_counter() - start
-        self.epochs.append(_Epoch(number, rate, running_loss, train, validation, seconds))
+        self.epochs.append(Epoch(number, rate, running_loss, train, validation, seconds))
         bar.set_description(f"epoch {number}/{self.recipe.epochs}, loss {train.loss:.3g}")
 
     def _take_steps(self, number: int, bar: tqdm) -> float:
@@ -346,7 +346,7 @@ class _Run:
         for step, (inputs, targets) in enumerate(batches, start=1):
             value = self.steps.take(number, step, inputs, targets)
             if not math.isfinite(value):
-                raise _NotFinite(step, value, [(inputs, targets)])
+                raise NotFinite(step, value, [(inputs, targets)])
             total += value * len(targets)
             samples += len(targets)
             bar.update()
@@ -355,7 +355,7 @@ class _Run:
     def _evaluate(self) -> tuple[Evaluation, Evaluation | None]:
         """The clean passes over training and validation data."""
         train, validation = (
-            source and _evaluate(self.model, source.batches(), self.loss, self.metrics)
+            source and evaluate_batches(self.model, source.batches(), self.loss, self.metrics)
             for source in (self.training, self.validation)
         )
         return train, validation
@@ -364,7 +364,7 @@ class _Run:
         """Leave in the model what the recipe asks for."""
         if self.kept_epoch < len(self.epochs):
             self.model.load_state_dict(self.kept_state)
-        history = _history(self.epochs, self.kept_epoch)
+        history = history_of(self.epochs, self.kept_epoch)
         if self.steps.average is not None:
             self.steps.average.round()
         if self.recipe.reestimate_batch_norm:
@@ -412,7 +412,7 @@ class _Run:
         """Go on from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.steps.load_state_dict(state["steps"])
-        self.epochs = [_Epoch.from_dict(row) for row in state["epochs"]]
+        self.epochs = [Epoch.from_dict(row) for row in state["epochs"]]
         self.kept_epoch, self.kept_state = state["kept_epoch"], state["kept_state"]
         self.order.set_state(state["order"])
         torch.set_rng_state(state["random"])

@@ -16,15 +16,15 @@ from tqdm import tqdm
 from qgen_lab.data import Dataset, Splits
 from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Source
-from qgen_lab.qat.divergence import _diverged, _NotFinite
+from qgen_lab.qat.divergence import NotFinite, diverged_at
 from qgen_lab.qat.ensemble.averages import CodeAverages
 from qgen_lab.qat.ensemble.layers import WEIGHTED, kind_of, layers_of
 from qgen_lab.qat.ensemble.protocol import Cohort, Outcome
 from qgen_lab.qat.ensemble.stack import Stack
-from qgen_lab.qat.evaluation import Evaluation, _check, evaluate
+from qgen_lab.qat.evaluation import Evaluation, checked_metrics, evaluate
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.schedules import learning_rates
-from qgen_lab.qat.training import History, _Epoch, _history
+from qgen_lab.qat.training import Epoch, History, history_of
 
 # Bytes of activations that a group may have in a training step. On a CPU more than some dozen MB no
 # longer fit into its caches, and longer operations gain nothing.
@@ -54,7 +54,7 @@ def _group_size(cohort: Cohort) -> int:
     """How many models' activations `GROUP_BYTES` hold."""
     model, recipe = cohort.models[0], cohort.members[0].recipe
     source = Source(cohort.data.train if isinstance(cohort.data, Splits) else cohort.data, model)
-    _check(model, source, cohort.loss, cohort.metrics)
+    checked_metrics(model, source, cohort.loss, cohort.metrics)
     x, _ = next(source.batches(1))
     numbers = 0
     model.eval()
@@ -80,7 +80,7 @@ class GroupRun(ABC):
             Source(part, self.models[0]) if part is not None else None for part in splits
         )
         self.loss = cohort.loss
-        self.metrics = _check(self.models[0], self.training, cohort.loss, cohort.metrics)
+        self.metrics = checked_metrics(self.models[0], self.training, cohort.loss, cohort.metrics)
         self.stack = Stack(self.models)
         self.steps = self.training.steps(self.recipes[0])
         rates = [torch.from_numpy(learning_rates(r, self.steps)) for r in self.recipes]
@@ -145,7 +145,7 @@ class GroupRun(ABC):
         lost = [k for k in self.running() if not losses[k].isfinite()]
         for k in lost:
             batches = [self.samples(indices[k])] if step else self.training.batches()
-            self.progress[k].end(epoch, _NotFinite(step, losses[k].item(), batches))
+            self.progress[k].end(epoch, NotFinite(step, losses[k].item(), batches))
         self._keep(lost)
 
     def _epoch(self, number: int) -> None:
@@ -160,7 +160,7 @@ class GroupRun(ABC):
         for k in self.running():
             rate = self.rates[(number - 1) * self.steps, k].item()
             valid = validation and validation[k]
-            row = _Epoch(number, rate, running_loss[k], train[k], valid, seconds)
+            row = Epoch(number, rate, running_loss[k], train[k], valid, seconds)
             if self.progress[k].add(row):
                 improved.append(k)
         self._keep(improved)
@@ -192,7 +192,7 @@ class GroupRun(ABC):
         if progress.problem is not None:
             epoch, problem = progress.problem
             model.train(problem.step > 0)
-            diverged = _diverged(model, progress.recipe, epoch, problem, history)
+            diverged = diverged_at(model, progress.recipe, epoch, problem, history)
             model.eval()
             return Outcome(history, diverged)
         recipe = progress.recipe
@@ -217,11 +217,11 @@ class _Progress:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.running = True
-        self.epochs: list[_Epoch] = []
+        self.epochs: list[Epoch] = []
         self.kept_epoch = 0
-        self.problem: tuple[int, _NotFinite] | None = None
+        self.problem: tuple[int, NotFinite] | None = None
 
-    def add(self, row: _Epoch) -> bool:
+    def add(self, row: Epoch) -> bool:
         """Take in an epoch; whether it is the one to keep so far."""
         best = self.epochs[self.kept_epoch - 1].train.loss if self.epochs else float("inf")
         self.epochs.append(row)
@@ -232,13 +232,13 @@ class _Progress:
             self.kept_epoch = row.number
         return is_kept
 
-    def end(self, epoch: int, problem: _NotFinite) -> None:
+    def end(self, epoch: int, problem: NotFinite) -> None:
         """Stop for good."""
         self.running, self.problem = False, (epoch, problem)
 
     def history(self) -> History | None:
         """The epochs so far."""
-        return _history(self.epochs, self.kept_epoch) if self.epochs else None
+        return history_of(self.epochs, self.kept_epoch) if self.epochs else None
 
 
 def _mean_per_model(values: Tensor) -> Tensor:
