@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.integrate import quad
@@ -57,7 +57,6 @@ def test_fast_and_slow_agree(codebook, dtype):
     np.testing.assert_array_equal(codebook.noise(w[finite]), w[finite] - quantized[finite])
 
 
-@settings(deadline=None)
 @given(CODEBOOKS, hnp.arrays(np.float64, st.integers(1, 30), elements=FINITE))
 def test_quantizing_picks_the_nearest_level(codebook, w):
     distance = np.abs(w[:, None] - codebook.levels)
@@ -66,7 +65,6 @@ def test_quantizing_picks_the_nearest_level(codebook, w):
     np.testing.assert_array_equal(codebook.levels[codebook.code(w)], codebook.quantize(w))
 
 
-@settings(deadline=None)
 @given(CODEBOOKS)
 def test_levels_stay_where_they_are(codebook):
     np.testing.assert_array_equal(codebook.quantize(codebook.levels), codebook.levels)
@@ -74,13 +72,11 @@ def test_levels_stay_where_they_are(codebook):
     assert not codebook.noise(codebook.levels).any()
 
 
-@settings(deadline=None)
 @given(CODEBOOKS, hnp.arrays(np.float64, 30, elements=FINITE))
 def test_quantizing_keeps_order(codebook, w):
     assert (np.diff(codebook.code(np.sort(w))) >= 0).all()
 
 
-@settings(deadline=None)
 @given(CODEBOOKS)
 def test_a_weight_at_a_threshold_goes_to_the_even_index(codebook):
     code = codebook.code(codebook.thresholds)
@@ -275,7 +271,6 @@ def test_bad_bits(make, bits):
         make(bits)
 
 
-@settings(deadline=None)
 @given(CODEBOOKS, st.floats(1e-3, 1e3))
 def test_another_width_keeps_the_shape(codebook, width):
     scaled = codebook.with_width(width)
@@ -387,7 +382,6 @@ def least_error(samples, n_levels):
     )
 
 
-@settings(deadline=None)
 @given(
     hnp.arrays(np.float64, st.integers(4, 11), elements=st.floats(-9, 9, width=16), unique=True),
     st.sampled_from([1, 2]),

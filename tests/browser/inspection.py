@@ -30,7 +30,7 @@ FAULTS_IN_PAGE = r"""async () => {
 def pages(book: Path) -> dict[Path, BeautifulSoup]:
     """Every page of a built book by its path."""
     paths = sorted(path for path in book.rglob("*.html") if "_static" not in path.parts)
-    return {path: BeautifulSoup(path.read_text(), "html.parser") for path in paths}
+    return {path: BeautifulSoup(path.read_bytes(), "html.parser") for path in paths}
 
 
 def faults_seen(context, path: Path, picture: str | None = None) -> list[str]:

@@ -19,7 +19,7 @@ def address(tmp_path_factory):
         start={"width": 0.5, "alpha": 1},
     )  # fmt: skip
     path = tmp_path_factory.mktemp("figure") / "figure.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8><body>{figure.data}</body>")
+    path.write_text(f"<!doctype html><meta charset=utf-8><body>{figure.data}</body>", "utf-8")
     return path.as_uri()
 
 
@@ -78,7 +78,7 @@ def marked(tmp_path_factory):
         doubtful=doubtful,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("marked") / "figure.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8><body>{figure.data}</body>")
+    path.write_text(f"<!doctype html><meta charset=utf-8><body>{figure.data}</body>", "utf-8")
     return path.as_uri()
 
 

@@ -77,7 +77,7 @@ def test_local_build_links_to_no_repository(parsed):
 def test_search_finds_pages(book, chromium, words):
     page = chromium.new_page()
     page.goto((book / "search.html").as_uri() + f"?q={words.replace(' ', '+')}")
-    page.wait_for_selector("#search-results li a", timeout=10_000)
+    page.wait_for_selector("#search-results li a")
     found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
     page.close()
     assert all(Path(unquote(urlsplit(address).path)).exists() for address in found)

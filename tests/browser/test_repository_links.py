@@ -44,7 +44,7 @@ def one_page(tmp_path_factory):
         GITHUB_REPOSITORY="someone/fork",
         GITHUB_REF_NAME="topic",
     )
-    return BeautifulSoup((html / "book" / "page.html").read_text(), "html.parser")
+    return BeautifulSoup((html / "book" / "page.html").read_bytes(), "html.parser")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def test_record_is_whole_and_survives_json(tmp_path):
 
 
 def test_revision_outside_a_checkout_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))  # tmp may lie in a checkout
     monkeypatch.setattr(qgen_lab, "__file__", str(tmp_path / "__init__.py"))
     assert git_revision() == "unknown"
 

@@ -255,7 +255,7 @@ def test_frozen_norm_needs_no_particular_batches():
     assert found[0].dropped_per_layer == pytest.approx(found[1].dropped_per_layer)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.floats(1e-3, 10), st.sampled_from(LOSSES))
 def test_halves_grow_with_the_square_of_the_bin_width(width, loss):
     model, data = build("tanh")[0], DIGITS.take(torch.arange(3))

@@ -244,7 +244,7 @@ def test_the_step_starts_where_the_paper_says(bits):
     torch.testing.assert_close(LSQ(weight, bits, 0).step.detach(), per_channel)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     bits=st.integers(1, 16),
     step=st.floats(2**-20, 2**20, width=32),

@@ -217,7 +217,7 @@ def test_the_bound_of_the_rate_is_where_fine_levels_begin_to_oscillate():
         assert above > 100 * below
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 15), st.floats(0.2, 4), st.floats(0, 1))
 def test_the_bound_is_two_over_the_largest_eigenvalue(n, alpha, ridge):
     problem = TeacherStudent(uniform(1, 1.0), alpha, ridge=ridge)

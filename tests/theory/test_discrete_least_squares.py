@@ -54,7 +54,7 @@ def test_every_procedure_keeps_the_protocol(name, problem, covariance_exponent):
 
 
 @pytest.mark.parametrize("name", procedures)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), bits=st.integers(1, 2))
 def test_no_procedure_beats_enumeration(name, seed, bits):
     problem = TeacherStudent(uniform(bits, 1.2), 1.5, 0.2, 0.05)

@@ -99,7 +99,7 @@ def test_too_few_samples_are_refused():
 coefficients = st.lists(st.floats(-5, 5), min_size=3, max_size=3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(coefficients, st.integers(0, 10**6))
 def test_a_polynomial_is_found_again_whatever_the_weights(c, seed):
     sizes = np.array([4, 6, 8, 12, 20])

@@ -169,7 +169,7 @@ small = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(small, st.floats(0.02, 5))
 def test_thermodynamics(drawn, temperature):
     problem, instance = drawn
@@ -185,7 +185,7 @@ def test_thermodynamics(drawn, temperature):
     assert (exact.replica_overlap <= exact.self_overlap + 1e-12).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(small, st.floats(0.1, 10), st.randoms(use_true_random=False))
 def test_order_of_the_weights_and_units_play_no_part(drawn, scale, random):
     problem, instance = drawn

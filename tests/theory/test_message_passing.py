@@ -102,7 +102,7 @@ def test_equals_message_passing_written_out(problem, n):
     pull=st.floats(1e-3, 1e4),
     shrink=st.floats(0, 1e3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_posterior_equals_the_law_written_out(levels, field, pull, shrink):
     levels = np.sort(levels)
     if np.diff(levels).min() < 1e-6:

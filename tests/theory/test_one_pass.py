@@ -127,7 +127,7 @@ codebooks = st.lists(st.integers(-40, 40), min_size=2, max_size=8, unique=True).
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(codebooks, st.floats(1e-3, 5), st.floats(0, 2))
 def test_there_is_always_a_stationary_error(codebook, rate, noise):
     limit = one_pass(codebook, rate, noise)

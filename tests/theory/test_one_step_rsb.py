@@ -205,7 +205,7 @@ def test_few_samples_at_small_y_have_no_finite_susceptibility():
     assert ground.energy > 0  # replica symmetry says zero
 
 
-@settings(max_examples=5 if numba.config.DISABLE_JIT else 30, deadline=None)
+@settings(max_examples=5 if numba.config.DISABLE_JIT else 30)
 @given(
     bits=st.integers(1, 2 if numba.config.DISABLE_JIT else 3),
     width=st.floats(0.3, 4.0),

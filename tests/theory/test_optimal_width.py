@@ -103,7 +103,7 @@ def test_one_bit_has_a_closed_form():
     assert best.gen_error == pytest.approx(slow.fun, rel=1e-9)
 
 
-@settings(max_examples=1 if FEW else 10, deadline=None)
+@settings(max_examples=1 if FEW else 10)
 @given(
     bits=st.integers(1, 4),
     alpha=st.floats(0.3, 5.0),

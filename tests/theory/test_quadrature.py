@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
@@ -14,7 +14,6 @@ centres_and_sizes = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(centres_and_sizes)
 def test_panels_cover_the_range_and_keep_to_the_allowed_widths(pairs):
     centres, sizes = (np.array(column) for column in zip(*sorted(pairs), strict=True))

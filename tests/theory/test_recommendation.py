@@ -231,7 +231,7 @@ def test_the_tuned_ridge_wants_the_width_that_rounds_its_weights_best(family, no
     assert rec.gen_error == pytest.approx(rec.mse_gen_error, rel=1e-9)
 
 
-@settings(max_examples=5 if FEW else 60, deadline=None)
+@settings(max_examples=5 if FEW else 60)
 @given(
     bits=st.integers(1, 4),
     width=st.floats(0.2, 4.0),

@@ -38,7 +38,7 @@ def root(f, lower, upper):
     return best(bracket), looks
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-4, 4), st.floats(0.1, 4), st.floats(0.1, 9), st.sampled_from([1, 3, 9]))
 def test_the_bracket_finds_the_root_that_brentq_finds(place, left, right, power):
     def f(x):

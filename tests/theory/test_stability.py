@@ -142,7 +142,7 @@ def test_a_jump_over_zero_is_not_called_a_zero():
     assert jump[0]
 
 
-@settings(max_examples=1 if config.DISABLE_JIT else 25, deadline=None)
+@settings(max_examples=1 if config.DISABLE_JIT else 25)
 @given(
     bits=st.integers(2, 3),
     family=st.sampled_from(sorted(families)),

@@ -213,7 +213,7 @@ def test_a_ridge_however_small_is_solved_and_has_a_limit(ridge):
     assert limit.average_gen_error == pytest.approx(small.average_gen_error, rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     codebooks,
     st.floats(0.05, 8),

@@ -339,7 +339,7 @@ def test_few_samples_leave_the_two_innermost_levels():
     assert inner.replica_overlap == pytest.approx(one_bit.replica_overlap, rel=1e-9)
 
 
-@settings(max_examples=10 if PLAIN else 40, deadline=None)
+@settings(max_examples=10 if PLAIN else 40)
 @given(
     bits=st.integers(1, 4),
     width=st.floats(0.3, 5.0),
