@@ -15,6 +15,7 @@ from qgen_lab.qat import (
     FixedWidth,
     LloydMax,
     PowerOfTwo,
+    Uniform,
     bits_per_layer,
     kernels,
     quantize_weights,
@@ -277,17 +278,76 @@ def test_learned_levels_start_at_lloyd_max():
     np.testing.assert_allclose(LloydMax(few, 2).levels.detach().numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("channel_dim", [None, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_even_levels_equal_plain_numpy(bits, channel_dim, dtype):
+    """Halves of odd numbers times the step, clipped; LSQ's gradient to the step."""
+    weight, grad = normal(6, 40, dtype=dtype), normal(6, 40, seed=1, dtype=dtype)
+    quantizer = Uniform(weight, bits, channel_dim)
+    quantizer.put_step_size(0.6 * quantizer.step_size)  # some weights beyond the levels
+    weight.requires_grad_()
+    value = quantizer(weight)
+    value.backward(grad)
+    rows = [each_row(t, channel_dim) for t in (weight, grad, value, weight.grad)]
+    last = 2 ** (bits - 1) - 0.5
+    for i, (w, g, v, w_grad) in enumerate(zip(*rows, strict=True)):
+        step = np.atleast_1d(quantizer.step_size.double().numpy())[i]
+        x = w.ravel() / step
+        rounded = np.clip(np.floor(x) + 0.5, -last, last)
+        inside = (np.abs(x) < last) | (bits == 1)
+        slope = np.where((np.abs(x) < last) & (bits > 1), rounded - x, rounded)
+        np.testing.assert_allclose(v.ravel(), step * rounded, rtol=1e-6)
+        np.testing.assert_array_equal(w_grad.ravel(), g.ravel() * inside)
+        found = np.atleast_1d(quantizer.scale.grad.numpy())[i]
+        expected = np.sum(g.ravel() * slope) / np.sqrt(x.size)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("member", [*quantizers.registry, FixedWidth(0.3)], ids=str)
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [1, 3])
+def test_a_quantizer_that_rounds_says_its_levels(member, per_channel, bits):
+    """Ascending, and its weights are among them; a step that is free can be set."""
+    if per_channel and isinstance(member, FixedWidth):
+        pytest.skip("has no step to give a channel")
+    model = quantize_weights(network(), bits, member, per_channel=per_channel).eval()
+    for slot in quantized_slots(model).values():
+        quantizer, sharing = slot.quantizer, slot.quantizer.sharing
+        for factor in (1.0, 0.7) if quantizer.step_is_free else (1.0,):
+            if quantizer.step_is_free:
+                step = factor * quantizer.step_size
+                quantizer.put_step_size(step)
+                assert torch.equal(quantizer.step_size, step)
+            levels = quantizer.levels_for(slot.original)
+            assert levels.shape == (sharing.steps, 2**bits)
+            assert levels.dtype == torch.float64
+            assert (levels.diff(dim=1) > 0).all()
+            if quantizer.rounds:
+                rows = sharing.rows(slot.weight.detach())
+                for row, allowed in zip(rows, levels.float(), strict=True):
+                    assert torch.isin(row, allowed).all()
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", ["normal", "uniform"])
-def test_the_scale_starts_where_the_squared_error_is_least(bits, shape):
-    """Within 4% of the best of a grid: the alternation ends in a local optimum."""
+@pytest.mark.parametrize("member", [PowerOfTwo, Uniform])
+def test_the_scale_starts_where_the_squared_error_is_least(bits, shape, member):
+    """Of a grid; within 4% for powers of two, whose alternation ends in a local optimum."""
     weight = normal(40, 50)
     if shape == "uniform":
         weight = torch.special.ndtr(weight) - 0.5
     w = weight.numpy().ravel().astype(float)
-    errors = [np.mean(power_of_two(bits, s).noise(w) ** 2) for s in np.linspace(0.2, 3.0, 281)]
-    scale = PowerOfTwo(weight, bits).step_size.item()
-    assert np.mean(power_of_two(bits, scale).noise(w) ** 2) < 1.04 * min(errors)
+    levels = member.shape(bits)
+    last = levels.levels[-1]
+
+    def error(scale):
+        return np.mean(levels.with_width(scale * last).noise(w) ** 2)
+
+    widths = np.linspace(0.2, 3.0, 281) if member is PowerOfTwo else np.geomspace(0.2, 6.0, 281)
+    least = min(error(width / last) for width in widths)
+    tolerance = 1.04 if member is PowerOfTwo else 1.005
+    assert error(member(weight, bits).step_size.item()) < tolerance * least
 
 
 def test_a_scale_pushed_below_zero_is_put_back_on_its_floor():

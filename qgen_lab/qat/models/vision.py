@@ -26,11 +26,11 @@ TORCHVISION = {
 """torchvision's models, each with the layers whose stride becomes 1 for images of 32x32."""
 
 TIMM = {
-    "mobilenetv1_100": {},
-    "deit_tiny_patch16_224": {"img_size": 32, "patch_size": 4},
-    "swin_tiny_patch4_window7_224": {"img_size": 32, "patch_size": 2},
+    "mobilenetv1_100": (("conv_stem",), {}),
+    "deit_tiny_patch16_224": ((), {"img_size": 32, "patch_size": 4}),
+    "swin_tiny_patch4_window7_224": ((), {"img_size": 32, "patch_size": 2}),
 }
-"""timm's models, each with its arguments for images of 32x32."""
+"""timm's models, each with such layers, and with its arguments, for images of 32x32."""
 
 
 class WeightsMissing(FileNotFoundError):
@@ -81,15 +81,15 @@ def torchvision_model(
         If trained weights are neither on this machine nor to be had.
     """
     _check(name, TORCHVISION, num_classes, in_channels, pretrained)
-    with seeded(seed):
-        if pretrained:
-            weights = torchvision.models.get_model_weights(name).DEFAULT
-            with _explained(name, f"put {weights.url} into {torch.hub.get_dir()}/checkpoints"):
-                model = torchvision.models.get_model(name, weights=weights, progress=False)
-            if num_classes != len(weights.meta["categories"]):
-                _replace_last_linear(model, num_classes)
-        else:
-            model = torchvision.models.get_model(name, num_classes=num_classes)
+    trained = torchvision.models.get_model_weights(name).DEFAULT
+    classes = len(trained.meta["categories"]) if pretrained else num_classes
+    advice = f"put {trained.url} into {torch.hub.get_dir()}/checkpoints"
+    with seeded(seed), _explained(name, advice):
+        model = torchvision.models.get_model(
+            name, weights=trained if pretrained else None, num_classes=classes, progress=False
+        )
+        if num_classes != classes:
+            _replace_last_linear(model, num_classes)
         if in_channels != 3:
             _replace_first_convolution(model, in_channels)
     if for_32x32:
@@ -127,24 +127,20 @@ def timm_model(
 
     Raises
     ------
-    ValueError
-        If the name is unknown, a size is not a positive integer, or trained weights are asked for
-        with other than three channels.
+    ValueError, WeightsMissing
+        As `torchvision_model`.
     ModuleNotFoundError
         If timm is not installed.
-    WeightsMissing
-        If trained weights are neither on this machine nor to be had.
     """
     _check(name, TIMM, num_classes, in_channels, pretrained)
     timm = _import_timm(name)
-    adapted = TIMM[name] if for_32x32 else {}
+    layers, adapted = TIMM[name] if for_32x32 else ((), {})
     advice = "run the same call on a machine with network and copy its Hugging Face cache here"
     with seeded(seed), _explained(name, advice):
         model = timm.create_model(
             name, num_classes=num_classes, in_chans=in_channels, pretrained=pretrained, **adapted
         )
-    if for_32x32 and name == "mobilenetv1_100":
-        _set_stride_one(model, ("conv_stem",))
+    _set_stride_one(model, layers)
     return model
 
 

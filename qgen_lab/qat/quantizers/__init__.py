@@ -30,6 +30,7 @@ from qgen_lab.qat.quantizers.codebooks import (
     LevelQuantizer,
     LloydMax,
     PowerOfTwo,
+    Uniform,
 )
 from qgen_lab.qat.quantizers.lsq import LSQ
 from qgen_lab.qat.quantizers.noise import NoiseInjection
@@ -44,6 +45,7 @@ __all__ = [
     "PowerOfTwo",
     "Quantizer",
     "Slot",
+    "Uniform",
     "UnsignedLSQ",
     "activation_steps",
     "bake",

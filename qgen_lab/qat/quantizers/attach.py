@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from qgen_lab.codebooks import Codebook
 from qgen_lab.qat.quantizers.base import Quantizer
 from qgen_lab.qat.quantizers.choice import LayerChoice, bits_of, choose
-from qgen_lab.qat.quantizers.codebooks import FixedCodebook, LloydMax, PowerOfTwo
+from qgen_lab.qat.quantizers.codebooks import FixedCodebook, LloydMax, PowerOfTwo, Uniform
 from qgen_lab.qat.quantizers.lsq import LSQ
 from qgen_lab.qat.quantizers.noise import NoiseInjection
 
@@ -21,6 +21,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # How to build each quantizer that has a name; see `Quantizer` for the protocol.
 registry: dict[str, Callable[[Tensor, int, int | None], Quantizer]] = {
     "lsq": LSQ,
+    "uniform": Uniform,
     "power-of-two": PowerOfTwo,
     "lloyd-max": LloydMax,
     "noise": NoiseInjection,

@@ -81,12 +81,15 @@ class Quantizer(nn.Module, ABC):
         Binary logarithm of the number of levels.
     rounds : bool
         Whether the layer's weights lie on the levels in evaluation mode, as they nearly always do.
+    step_is_free : bool
+        Whether `put_step_size` can set the step.
     sharing : Sharing
         Which weights share a step; all by default.
     """
 
     bits: float
     rounds: bool = True
+    step_is_free: bool = False
     sharing: Sharing = Sharing()
 
     @abstractmethod
@@ -106,6 +109,19 @@ class Quantizer(nn.Module, ABC):
     def bin_width(self) -> Tensor:
         """Distance of neighbouring levels, shaped as `step_size`, which it is by default."""
         return self.step_size
+
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the ascending levels, float64, shape `(steps, levels)`; not all can say them.
+
+        One row for each part of the weights that has levels of its own.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say its levels: define levels_for"
+        )
+
+    def put_step_size(self, step: Tensor) -> None:
+        """Set the step, shaped as `step_size`; only where `step_is_free`."""
+        raise NotImplementedError(f"{type(self).__name__} has no step that can be set")
 
     def follow(self, weight: Tensor) -> None:
         """Bring up to date what is read off the weights anew in each forward pass, if anything."""

@@ -245,68 +245,152 @@ class FixedWidth:
         return FixedCodebook.attach(codebook, weight, bits, channel_dim, self.relative)
 
 
-class PowerOfTwo(LevelQuantizer):
-    """Levels `+-s 2**-k`, `k = 0 ... 2**(bits - 1) - 1`, with a learned scale `s`; zero is none.
+class ScaledLevels(LevelQuantizer):
+    """Levels of a given shape times a learned scale.
 
-    The scale starts where the squared error of the weights is least, up to local optima. Its
-    gradient is that of LSQ, `sum G (Q(v) - v)` over the weights inside and `sum G Q(v)` over the
-    others, with `v = w / s` and `Q(v)` the nearest level at scale one, times `1 / sqrt(n)` where
-    `n` weights share the scale. It never falls below 1% of the root mean square of the initial
-    weights. One bit is `s sign(w)`, a weight of exactly zero going to `-s`.
+    The scale starts where the squared error of the weights is least. Its gradient is that of LSQ,
+    `sum G (Q(v) - v)` over the weights inside and `sum G Q(v)` over the others, with `v = w / s`
+    and `Q(v)` the nearest level at scale one, times `1 / sqrt(n)` where `n` weights share it. The
+    largest level never falls below 1% of the root mean square of the initial weights. One bit is
+    `s sign(w)` up to a factor, a weight of exactly zero going to the lower level.
 
     Parameters
     ----------
     weight : Tensor
         Float weights.
     bits : int
-        From 1 to 8; beyond, the smallest levels vanish in float32.
+        As the shape allows.
     channel_dim : int or None
         Dimension along which each index has a scale of its own; None for one scale.
     """
 
+    step_is_free = True
+
     def __init__(self, weight: Tensor, bits: int, channel_dim: int | None = None):
         super().__init__(Sharing(weight, channel_dim))
-        if check_bits(bits) > 8:
-            raise ValueError(f"bits = {bits}: powers of two take 1 to 8 bits, as 2**-255 vanishes")
-        self.bits = bits
-        floor = 0.01 * magnitude_and_spread(weight, self.sharing)[1]
+        self.bits = check_bits(bits)
+        self.unit = self.shape(bits)
+        floor = 0.01 * magnitude_and_spread(weight, self.sharing)[1] / self.unit.levels[-1]
         self.register_buffer("floor", floor.to(weight.dtype))
-        self.scale = nn.Parameter(self._best_scale(weight).to(weight.dtype))
+        rows = self.sharing.rows(weight.detach()).float().cpu().contiguous()
+        scale = self.best_scale(rows).view(self.sharing.shape)
+        self.scale = nn.Parameter(scale.to(weight.device, weight.dtype))
         self.gradient_scale = (weight.numel() / self.sharing.steps) ** -0.5
 
-    def _unit_levels(self, weight: Tensor) -> Tensor:
-        return torch.tensor(power_of_two(self.bits, 1.0).levels, device=weight.device)
+    @staticmethod
+    @abstractmethod
+    def shape(bits: int) -> Codebook:
+        """Return the levels at scale one."""
 
-    def _best_scale(self, weight: Tensor) -> Tensor:
-        """Alternate between the nearest levels and the scale that suits them best."""
-        rows = self.sharing.rows(weight.detach()).float().cpu().contiguous()
-        unit = self._unit_levels(rows)
-        spread = magnitude_and_spread(rows.view(*rows.shape, 1), Sharing(rows, 0))[1][:, None]
-        scale = 2 * spread
-        for _ in range(20):
-            value = kernels.nearest(rows, scale * unit, self._pool).double() / scale
-            scale = ((rows * value).sum(1) / value.square().sum(1))[:, None].clamp(0.1 * spread)
-        return scale.view(self.sharing.shape)
+    @abstractmethod
+    def best_scale(self, rows: Tensor) -> Tensor:
+        """Return where the scale starts, shape (steps, 1), for weights of shape (steps, any)."""
 
     @property
     def step_size(self) -> Tensor:
         """The scale, detached, of shape `()` or `(channels,)`."""
         return torch.maximum(self.scale.detach(), self.floor)
 
+    @torch.no_grad()
+    def put_step_size(self, step: Tensor) -> None:
+        """Set the scale."""
+        self.scale.copy_(step)
+
     @property
     def bin_width(self) -> Tensor:
         """Mean spacing of the levels."""
-        return 2 * self.step_size / (2**self.bits - 1)
+        return float(self.unit.spacing.mean()) * self.step_size
 
     def levels_for(self, weight: Tensor) -> Tensor:
-        """Return the powers of two times the scale."""
+        """Return the levels at the learned scale."""
         hold_above(self.floor, self.scale)
         scale = with_gradient_of(self.gradient_scale * self.scale, self.step_size)
-        return scale.double().view(-1, 1) * self._unit_levels(weight)
+        unit = torch.tensor(self.unit.levels, device=weight.device)
+        return scale.double().view(-1, 1) * unit
 
     def extra_repr(self) -> str:
         """Show the arguments in the model's printout."""
         return f"bits={self.bits}, steps={self.sharing.steps}"
+
+
+class PowerOfTwo(ScaledLevels):
+    """Levels `+-s 2**-k`, `k = 0 ... 2**(bits - 1) - 1`, with a learned scale `s`; zero is none.
+
+    All else is as in `ScaledLevels`, but that the scale starts in a local optimum near two spreads
+    of the weights; 1 to 8 bits, since beyond the smallest levels vanish in float32.
+    """
+
+    @staticmethod
+    def shape(bits: int) -> Codebook:
+        """Return the powers of two up to 1, and their negatives."""
+        if bits > 8:
+            raise ValueError(f"bits = {bits}: powers of two take 1 to 8 bits, as 2**-255 vanishes")
+        return power_of_two(bits, 1.0)
+
+    def best_scale(self, rows: Tensor) -> Tensor:
+        """Alternate between the nearest levels and the scale that suits them best."""
+        unit = torch.tensor(self.unit.levels)
+        spread = _root_mean_square(rows)
+        scale = 2 * spread
+        for _ in range(20):
+            value = kernels.nearest(rows, scale * unit, self._pool).double() / scale
+            scale = ((rows * value).sum(1) / value.square().sum(1))[:, None].clamp(0.1 * spread)
+        return scale
+
+
+class Uniform(ScaledLevels):
+    """Even levels `s (k - (2**bits - 1) / 2)`, `k = 0 ... 2**bits - 1`, with a learned step `s`.
+
+    The theory's `uniform(bits, width)`: as many levels above zero as below, zero none of them,
+    where `LSQ` has zero and one level more below than above. All else is as in `ScaledLevels`;
+    1 to 16 bits.
+    """
+
+    @staticmethod
+    def shape(bits: int) -> Codebook:
+        """Return the levels half a step, three halves, ... from zero, at step one."""
+        return uniform(bits, (2**bits - 1) / 2)
+
+    def best_scale(self, rows: Tensor) -> Tensor:
+        """Search for the step of least squared error."""
+        return least_squares_scale(rows, torch.tensor(self.unit.levels))
+
+
+def least_squares_scale(rows: Tensor, unit: Tensor) -> Tensor:
+    """Scale at which rounding to the nearest level makes the least squared error.
+
+    Parameters
+    ----------
+    rows : Tensor, shape (steps, weights)
+        Float weights, float32 on the CPU.
+    unit : Tensor, shape (levels,)
+        Ascending levels at scale one, float64.
+
+    Returns
+    -------
+    Tensor, shape (steps, 1)
+        To some thousandths: the best of a range, then of a finer one about it, and so on.
+    """
+    pool, reach = kernels.Pool(), unit.abs().max()
+    spread = _root_mean_square(rows)
+    lowest, highest = 0.2 * spread, torch.maximum(rows.abs().amax(1, keepdim=True), spread)
+    ratio = highest / lowest
+    best, extent = torch.full_like(spread, 0.5), 1.0
+    for count in (32, 8, 8, 8):
+        powers = best + extent * torch.linspace(-0.5, 0.5, count, dtype=torch.float64)
+        scales = lowest * ratio**powers / reach
+        errors = [
+            (kernels.nearest(rows, scale[:, None] * unit, pool) - rows).double().square().sum(1)
+            for scale in scales.unbind(1)
+        ]
+        best = powers.gather(1, torch.stack(errors, 1).argmin(1, keepdim=True))
+        extent *= 2.5 / count
+    return lowest * ratio**best / reach
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    """Root mean square of each row, as a column; where it is zero, that of a fresh layer."""
+    return magnitude_and_spread(rows[..., None], Sharing(rows, 0))[1][:, None]
 
 
 class LloydMax(LevelQuantizer):

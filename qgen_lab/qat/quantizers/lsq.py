@@ -51,6 +51,8 @@ class LSQ(Quantizer):
     torch.Size([3])
     """
 
+    step_is_free = True
+
     def __init__(
         self, weight: Tensor, bits: int, channel_dim: int | None = None, groups: int | None = None
     ):
@@ -72,6 +74,16 @@ class LSQ(Quantizer):
     def step_size(self) -> Tensor:
         """The step that the forward pass uses, detached: `()`, `(channels,)` or `(groups,)`."""
         return torch.maximum(self.step.detach(), self.floor)
+
+    @torch.no_grad()
+    def put_step_size(self, step: Tensor) -> None:
+        """Set the step."""
+        self.step.copy_(step)
+
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the step times the integers from `low` to `high`; for one bit `-s` and `s`."""
+        codes = torch.arange(self.low, self.high + 1, 2 if self._signs else 1)
+        return self.step_size.double().view(-1, 1) * codes.to(self.step.device)
 
     @property
     def bin_width(self) -> Tensor:

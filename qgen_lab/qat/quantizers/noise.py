@@ -75,6 +75,10 @@ class NoiseInjection(Quantizer):
         """Let the grid follow the weights."""
         self.grid.follow(weight)
 
+    def levels_for(self, weight: Tensor) -> Tensor:
+        """Return the levels of the grid."""
+        return self.grid.levels_for(weight)
+
     def code(self, weight: Tensor) -> Tensor:
         """Return the code of each weight on the grid."""
         return self.grid.code(weight)
