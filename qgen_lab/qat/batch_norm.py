@@ -229,7 +229,7 @@ def batch_norm_pairs(model: nn.Module) -> dict[str, str]:
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     pairs = {}
     for node, norm in called.items():
-        source = node.all_input_nodes[0]
+        source = next(iter(node.all_input_nodes), None)
         layer = called.get(source)
         if not (_fit(layer, norm) and len(source.users) == times[layer] == times[norm] == 1):
             continue
