@@ -1,7 +1,12 @@
 """Quantization-aware training: quantizers, models and the training loop."""
 
 from qgen_lab.qat.averaging import CodeAverage
-from qgen_lab.qat.batch_norm import reestimate_batch_norm
+from qgen_lab.qat.batch_norm import (
+    CannotFold,
+    batch_norm_pairs,
+    fold_batch_norm,
+    reestimate_batch_norm,
+)
 from qgen_lab.qat.checkpoints import CheckpointRefused
 from qgen_lab.qat.ensemble import Ensemble, Member, fit_ensemble
 from qgen_lab.qat.models import (
@@ -52,6 +57,7 @@ __all__ = [
     "LSQ",
     "MODELS",
     "BinRegularization",
+    "CannotFold",
     "CheckpointRefused",
     "CodeAverage",
     "Cooldown",
@@ -74,6 +80,7 @@ __all__ = [
     "activation_steps",
     "attention_layers",
     "bake",
+    "batch_norm_pairs",
     "bin_regularizer",
     "bin_widths",
     "bits_per_layer",
@@ -84,6 +91,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_ensemble",
+    "fold_batch_norm",
     "learning_rates",
     "mlp",
     "nin",

@@ -7,7 +7,15 @@ import torch
 from samples import normal
 from torch import nn
 
-from qgen_lab.qat import build_model, nin, quantize_weights, resnet18, torchvision_model
+from qgen_lab.qat import (
+    bake,
+    build_model,
+    nin,
+    quantize_weights,
+    resnet18,
+    step_sizes,
+    torchvision_model,
+)
 from qgen_lab.qat.batch_norm import CannotFold, batch_norm_pairs, fold_batch_norm
 
 NORMS = nn.modules.batchnorm._BatchNorm
@@ -29,6 +37,10 @@ def trained(model, seed=0):
                     torch.rand(len(module.weight), generator=draw).sub(0.3).sign()
                 )
     return model.eval()
+
+
+def batch_norm_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, NORMS)]
 
 
 def sequence(*layers):
@@ -132,6 +144,28 @@ def test_without_batch_norm_nothing_happens():
     assert batch_norm_pairs(model) == {}
     assert fold_batch_norm(model) is model
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_bake_folds_on_request():
+    model = trained(quantize_weights(nin(1, 2, base_width=3, seed=0), 3))
+    inputs, steps = normal(3, 3, 8, 8), step_sizes(model)
+    expected = model(inputs)
+    twin, norm = copy.deepcopy(model), model.get_submodule(next(iter(batch_norm_names(model))))
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    assert bake(model, fold_batch_norm=True) is model
+    assert not batch_norm_names(model)
+    torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-6)
+    name = next(iter(steps))
+    codes = model.get_submodule(name).weight / (gain * steps[name]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-5)
+    assert batch_norm_names(bake(twin))
+
+
+def test_a_model_that_is_baked_and_cannot_be_folded_is_baked():
+    model = quantize_weights(Branching(), 3)
+    with pytest.raises(CannotFold, match=r"torch\.fx"):
+        bake(model, fold_batch_norm=True)
+    assert not step_sizes(model)
 
 
 # What stays a norm

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qgen_lab.codebooks import Codebook
+from qgen_lab.qat import batch_norm
 from qgen_lab.qat.quantizers.base import Quantizer
 from qgen_lab.qat.quantizers.choice import LayerChoice, bits_of, choose
 from qgen_lab.qat.quantizers.codebooks import FixedCodebook, LloydMax, PowerOfTwo, Uniform
@@ -70,6 +71,20 @@ def quantize_weights(
         If an argument is not as above; if a name, pattern or type matches no layer; if a layer is
         parametrized already, or its weights are empty or not finite. The model is then unchanged.
     """
+    for slot, member in planned(model, bits, quantizer, layers, per_channel, exclude).values():
+        slot.attach(member)
+    return model
+
+
+def planned(
+    model: nn.Module,
+    bits: int | Mapping[str, int] | None,
+    quantizer: str | Codebook | Callable[[Tensor, int, int | None], Quantizer],
+    layers: LayerChoice | None,
+    per_channel: bool,
+    exclude: LayerChoice | None,
+) -> dict[str, tuple["Slot", Quantizer]]:
+    """Build the quantizers of `quantize_weights`, by layer, and attach none."""
     slots = all_slots(model)
     if not slots:
         raise ValueError("model has no convolution, linear or attention layer to quantize")
@@ -84,10 +99,7 @@ def quantize_weights(
             member = build(slot.weight, widths[name], channel_dim)
             _check_member(name, slot.weight, member)
             members[id(slot.weight)] = member
-    plan = [(slots[name], members[id(slots[name].weight)]) for name in widths]
-    for slot, member in plan:
-        parametrize.register_parametrization(slot.layer, slot.parameter, member)
-    return model
+    return {name: (slots[name], members[id(slots[name].weight)]) for name in widths}
 
 
 def step_sizes(model: nn.Module) -> dict[str, Tensor]:
@@ -118,13 +130,26 @@ def codes(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> nn.Module:
+def bake(model: nn.Module, fold_batch_norm: bool = False) -> nn.Module:
     """Put the quantized weights in place of the float ones and drop the quantizers, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with quantizers.
+    fold_batch_norm : bool
+        Whether to fold batch norms into the layers before them afterwards, as `fold_batch_norm`
+        does; each channel's weights are then multiples of a step of its own.
 
     Returns
     -------
     nn.Module
         `model` itself, with plain parameters on the grid; the parameter objects are the same.
+
+    Raises
+    ------
+    CannotFold
+        If batch norms are to be folded and cannot be; the model is baked all the same.
     """
     slots = quantized_slots(model).values()
     quantized = [(slot, slot.quantizer.eval()(slot.original)) for slot in slots]
@@ -133,8 +158,8 @@ def bake(model: nn.Module) -> nn.Module:
         layer, made = slot.layer, type(slot.layer)
         layer.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
         parametrize.remove_parametrizations(layer, slot.parameter, leave_parametrized=False)
-        slot.weight.copy_(weight)
-    return model
+        slot.weight.copy_(weight + 0.0)  # which turns negative zeros into zeros, as integers are
+    return batch_norm.fold_batch_norm(model) if fold_batch_norm else model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -190,6 +215,10 @@ class Slot:
         """The weight's quantizer, if it has one."""
         first = self.layer.parametrizations[self.parameter][0] if self.parametrized else None
         return first if isinstance(first, Quantizer) else None
+
+    def attach(self, quantizer: Quantizer) -> None:
+        """Let a quantizer compute the weight from here on."""
+        parametrize.register_parametrization(self.layer, self.parameter, quantizer)
 
     @property
     def original(self) -> Tensor:
