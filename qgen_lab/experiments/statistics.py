@@ -5,10 +5,10 @@ bootstrap of the mean covers only about 90% where it promises 95%. Where the sam
 every seed, `crossed_interval` resamples images jointly with the seeds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 
@@ -102,14 +102,46 @@ def paired_difference(treated: ArrayLike, control: ArrayLike, level: float = 0.9
     ValueError
         If the shapes differ, fewer than two pairs remain, or `level` is not between 0 and 1.
     """
-    treated, control = np.asarray(treated, dtype=float), np.asarray(control, dtype=float)
-    if treated.shape != control.shape:
-        raise ValueError(
-            f"treated has shape {treated.shape}, control {control.shape}: pairs need equal shapes"
-        )
-    # inf - inf would warn; a pair with any value that is not finite is a removed pair anyway
-    whole = np.isfinite(treated) & np.isfinite(control)
-    return mean_interval(np.where(whole, treated, np.nan) - np.where(whole, control, 0), level)
+    treated, control = _whole_pairs(treated=treated, control=control)
+    return mean_interval(treated - control, level)
+
+
+def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike, level: float = 0.95) -> Interval:
+    """Mean of one quantity over the mean of another, over pairs that share a seed.
+
+    The interval is Fieller's (1954): it holds each ratio `r` for which zero lies in Student's t
+    interval of the mean of ``numerator - r * denominator``. For normal pairs, correlated or not,
+    it covers as often as it says.
+
+    Parameters
+    ----------
+    numerator, denominator : array_like, shape (pairs,)
+        Values in the same order of seeds. If either of a pair is not finite, the whole pair is
+        left out and counted.
+    level : float
+        Confidence level, between 0 and 1.
+
+    Returns
+    -------
+    Interval
+        Its ends are infinite where the denominator's own interval contains zero: then nothing
+        bounds the ratio.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, fewer than two pairs remain, or `level` is not between 0 and 1.
+    """
+    pairs = np.array(_whole_pairs(numerator=numerator, denominator=denominator))
+    whole = mean_interval(pairs[1], level)
+    kept = pairs[:, np.isfinite(pairs[0])]
+    top, bottom = kept.mean(axis=1)
+    # t² times the covariance matrix of the two means
+    (tt, tb), (_, bb) = np.cov(kept) * stats.t.ppf((1 + level) / 2, whole.n - 1) ** 2 / whole.n
+    a, b, c = bottom**2 - bb, top * bottom - tb, top**2 - tt  # ends: a r² - 2 b r + c = 0
+    half = np.sqrt(max(b**2 - a * c, 0))
+    low, high = ((b - half) / a, (b + half) / a) if a > 0 else (-np.inf, np.inf)
+    return replace(whole, estimate=float(top / bottom), low=float(low), high=float(high))
 
 
 def crossed_interval(
@@ -159,6 +191,17 @@ def crossed_interval(
     return Interval(
         float(kept.mean()), float(low), float(high), level, runs, removed=len(values) - runs
     )
+
+
+def _whole_pairs(**pairs: ArrayLike) -> list[NDArray]:
+    """Both rows as floats, NaN in either where one of the pair is not finite."""
+    (one, first), (other, second) = ((k, np.asarray(v, dtype=float)) for k, v in pairs.items())
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{one} has shape {first.shape}, {other} {second.shape}: pairs need equal shapes"
+        )
+    whole = np.isfinite(first) & np.isfinite(second)
+    return [np.where(whole, row, np.nan) for row in (first, second)]
 
 
 def _check_level(level: float) -> None:

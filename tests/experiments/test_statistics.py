@@ -9,6 +9,7 @@ from qgen_lab.experiments.statistics import (
     crossed_interval,
     mean_interval,
     paired_difference,
+    ratio_of_means,
 )
 
 finite = st.floats(-1e3, 1e3)
@@ -59,6 +60,31 @@ def test_diverged_run_removes_its_whole_pair_and_is_counted():
     interval = paired_difference(treated, control)
     assert interval == Interval(**{**vars(paired_difference([1.0, 5.0], [0.5, 4.0])), "removed": 3})
     assert interval.n == 2
+
+
+def test_ratio_is_bounded_by_those_that_the_pairs_do_not_refute():
+    rng = np.random.default_rng(6)
+    bottom = rng.normal(2.0, 1.0, 8)
+    top = 0.5 * bottom + rng.normal(0.3, 0.8, 8)
+    ours = ratio_of_means(top, bottom, level=0.9)
+    ratios = np.linspace(-3, 4, 70_001)
+    kept = ratios[stats.ttest_1samp(top[:, None] - np.outer(bottom, ratios), 0.0).pvalue >= 0.1]
+    assert (ours.low, ours.high) == pytest.approx((kept[0], kept[-1]), abs=1.1e-4)
+    assert ours.estimate == pytest.approx(top.mean() / bottom.mean())
+
+
+@pytest.mark.parametrize("correlation", [-0.8, 0.0, 0.8])
+def test_ratio_of_correlated_means_covers(correlation):
+    rng = np.random.default_rng(7)
+    pairs = rng.multivariate_normal([2.1, 3.0], [[1, correlation], [correlation, 1]], (4000, 8))
+    intervals = [ratio_of_means(*pair.T) for pair in pairs]
+    covered = np.mean([interval.low <= 0.7 <= interval.high for interval in intervals])
+    assert abs(covered - 0.95) < 0.0134  # 3.9 standard errors: one false alarm in 10,000
+
+
+def test_ratio_to_nothing_is_unbounded_and_diverged_pairs_are_left_out():
+    ours = ratio_of_means([1.0, 2.0, 3.0, np.nan], [-1.0, 0.5, 1.0, 5.0])
+    assert (ours.low, ours.high, ours.n, ours.removed) == (-np.inf, np.inf, 3, 1)
 
 
 def table(rng, runs, images, run_sd, image_sd, rest_sd):
@@ -114,6 +140,8 @@ def test_interval_reads_like_a_number():
         (lambda: mean_interval([[1.0, 2.0]]), r"values has shape \(1, 2\)"),
         (lambda: mean_interval([1.0, 2.0], level=95), "level = 95"),
         (lambda: paired_difference([1.0, 2.0], [1.0]), "pairs need equal shapes"),
+        (lambda: ratio_of_means([1.0], [1.0, 2.0]), r"numerator has shape \(1,\), denominator"),
+        (lambda: ratio_of_means([1.0, np.nan], [1.0, 2.0]), "values has 1 finite entries of 2"),
         (lambda: crossed_interval([1.0, 2.0]), r"give a table \(runs, images\)"),
         (lambda: crossed_interval([[1.0, 2.0]]), "values has 1 whole rows of 1"),
     ],
