@@ -7,7 +7,7 @@ or wrong in all of them: differences, taken sample by sample, are known far bett
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from qgen_lab.codebooks import Codebook, check_bits
+from qgen_lab.codebooks import check_bits
 from qgen_lab.data import Dataset, Splits
+from qgen_lab.qat.batch_norm import reestimate_batch_norm
 from qgen_lab.qat.batches import Batches, Source
 from qgen_lab.qat.divergence import Diverged
 from qgen_lab.qat.ensemble.protocol import FULL_PRECISION
@@ -35,8 +36,7 @@ from qgen_lab.qat.evaluation import (
 )
 from qgen_lab.qat.models import seeded
 from qgen_lab.qat.packing import packed_bytes
-from qgen_lab.qat.quantizers import quantize_weights
-from qgen_lab.qat.quantizers.attach import quantized_slots
+from qgen_lab.qat.quantizers import Quantizer, quantize_weights, quantized_slots
 from qgen_lab.qat.quantizers.choice import LayerChoice
 from qgen_lab.qat.recipes import Recipe
 from qgen_lab.qat.rounding import round_model
@@ -44,6 +44,7 @@ from qgen_lab.qat.training import fit
 
 __all__ = ["BitsRow", "BitsTable", "Change", "which_bits"]
 
+_Step = tuple[int, str, Callable[[int], nn.Module], int | None]
 Part = Dataset | tuple[Tensor, Tensor] | Batches
 
 
@@ -67,8 +68,9 @@ class BitsRow:
     ----------
     bits : int
         Bits of the quantized weights, 32 for full precision.
-    procedure : {"as it is", "rounding", "training"}
-        What was done to the model that was given.
+    procedure : {"as it is", "re-estimated", "rounding", "training"}
+        What was done to the model that was given; "re-estimated" are its batch-norm statistics, as
+        rounding does it too.
     against : int or None
         The row that it is compared with: full precision after the same procedure.
     model : torch.nn.Module or None
@@ -152,10 +154,10 @@ class BitsTable:
         Notes
         -----
         Student's t on the paired differences. Where a measure is 0 or 1 for each sample, as
-        accuracy is, half a sample is added to each way in which two models can agree or disagree
-        (Agresti and Min 2005, doi 10.1002/sim.1781): two models that agree on all samples still
-        have an interval. It speaks of other samples for these very models, not of models that
-        were trained with other seeds, whose spread can be larger.
+        accuracy is, two samples are added, one won and one lost (Bonett and Price 2012, doi
+        10.3102/1076998611411915): a few samples of difference, or none, still have an interval that
+        covers. It speaks of other samples for these very models, not of models that were trained
+        with other seeds, whose spread can be larger.
         """
         known = self.rows[0].values
         if measure not in known:
@@ -228,8 +230,8 @@ class BitsTable:
     @property
     def _caption(self) -> str:
         return (
-            f"On {len(self.rows[0].values['loss'])} validation samples; changes with 95% intervals "
-            "over samples."
+            f"On {self.rows[0].validation.size} validation samples; changes are against the row "
+            "that is named last, with 95% intervals over samples."
         )
 
     def __repr__(self) -> str:
@@ -246,10 +248,11 @@ def which_bits(
     *,
     method: str = "cooled",
     per_channel: bool = False,
-    quantizer: str | Codebook = "uniform",
+    quantizer: str | Callable[[Tensor, int, int | None], Quantizer] = "uniform",
     layers: LayerChoice | None = None,
     exclude: LayerChoice | None = None,
     calibration: Part | None = None,
+    batch_norm: str = "re-estimated",
     recipe: Recipe | None = None,
     loss: Loss = cross_entropy,
     metrics: Metrics | None = None,
@@ -276,6 +279,9 @@ def which_bits(
         As for `round_model`; all but the method hold for training, too.
     calibration : Dataset, (inputs, targets) tensors, or iterable of such batches, optional
         Data to round on; by default the training data. Some hundred to thousand samples save time.
+    batch_norm : {"re-estimated", "folded", "kept"}
+        As for `round_model`. What re-estimation does by itself stands in a row of its own, with
+        which rounding is compared.
     recipe : Recipe, optional
         How to train.
     loss, metrics : callable, dict of str to callable
@@ -314,58 +320,73 @@ def which_bits(
     >>> history = fit(model, data, Recipe(epochs=2))
     >>> table = which_bits(model, data, bits=(2, 4))
     >>> [row.bits for row in table.rows]
-    [32, 2, 4]
+    [32, 32, 2, 4]
     """
-    widths = _checked(bits)
+    wanted = _checked(bits)
     if quantized_slots(model):
         raise ValueError("model is quantized already: give it as it was in full precision")
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as recipes['qgen-nin'], got {recipe!r}")
     train, validation = _parts(data)
-    judge = _Judge(train, validation, loss, metrics)
+    calibration = train if calibration is None else calibration
     shared = {"quantizer": quantizer, "layers": layers, "exclude": exclude}
+    reestimated = batch_norm == "re-estimated" and Source(calibration, model).has_batch_norm
 
-    def rounded(width: int) -> nn.Module:
+    def as_it_is(bits: int) -> nn.Module:
+        return model
+
+    def rounded(bits: int) -> nn.Module:
         found = copy.deepcopy(model)
-        inputs = train if calibration is None else calibration
-        round_model(found, inputs, width, method, per_channel, progress=False, **shared, **options)
+        if bits == FULL_PRECISION:
+            return reestimate_batch_norm(found, calibration)
+        given = shared | options | {"batch_norm": batch_norm, "progress": False}
+        round_model(found, calibration, bits, method, per_channel, **given)
         return found
 
-    def trained(width: int) -> nn.Module:
+    def trained(bits: int) -> nn.Module:
         found = copy.deepcopy(model)
-        if width != FULL_PRECISION:
-            quantize_weights(found, width, per_channel=per_channel, **shared)
+        if bits != FULL_PRECISION:
+            quantize_weights(found, bits, per_channel=per_channel, **shared)
         fit(found, train, recipe, loss, metrics={}, seed=seed, progress=False)
         return found
 
-    plan = [(FULL_PRECISION, "as it is", lambda width: model, None)]
-    plan += [(width, "rounding", rounded, 0) for width in widths]
+    # Bits, procedure, what does it, and the row to compare with: the last in full precision.
+    plan = [(FULL_PRECISION, "as it is", as_it_is, None)]
+    if reestimated:
+        plan.append((FULL_PRECISION, "re-estimated", rounded, 0))
+    twin = len(plan) - 1
+    plan += [(bits, "rounding", rounded, twin) for bits in wanted]
     if recipe is not None:
-        twin = len(plan)
         plan.append((FULL_PRECISION, "training", trained, 0))
-        plan += [(width, "training", trained, twin) for width in widths]
+        twin = len(plan) - 1
+        plan += [(bits, "training", trained, twin) for bits in wanted]
+    return BitsTable(_rows(plan, _Judge(train, validation, loss, metrics), progress))
+
+
+def _rows(plan: list[_Step], judge: "_Judge", progress: bool | None) -> list[BitsRow]:
+    """Make and measure one model after another."""
     rows: list[BitsRow] = []
     with tqdm(plan, disable=None if progress is None else not progress, unit="model") as bar:
-        for width, procedure, make, against in bar:
-            bar.set_description(f"{procedure}, {width} bits")
+        for bits, procedure, make, against in bar:
+            bar.set_description(f"{procedure}, {bits} bits")
             start = time.perf_counter()
             try:
-                found = make(width)
+                model = make(bits)
             except Diverged:
-                found = None
+                model = None
             seconds = time.perf_counter() - start
-            numbers = _no_numbers(rows[0]) if found is None else judge.numbers(found)
-            rows.append(BitsRow(width, procedure, against, found, *numbers, seconds))
-    return BitsTable(rows)
+            numbers = _no_numbers(rows[0]) if model is None else judge.numbers(model)
+            rows.append(BitsRow(bits, procedure, against, model, *numbers, seconds))
+    return rows
 
 
 def _checked(bits: Iterable[int]) -> list[int]:
     if not isinstance(bits, Iterable) or isinstance(bits, str):
         raise TypeError(f"bits = {bits!r}: give several, such as (2, 3, 4, 8)")
-    widths = [check_bits(width) for width in bits]
-    if not widths:
+    wanted = [check_bits(each) for each in bits]
+    if not wanted:
         raise ValueError("bits is empty: give some, such as (2, 3, 4, 8)")
-    return widths
+    return wanted
 
 
 def _parts(data: Any) -> tuple[Part, Part]:
@@ -442,8 +463,7 @@ def _paired_change(values: NDArray, reference: NDArray, level: float) -> Change:
     difference = values - reference
     estimate = float(difference.mean())
     if np.isin([values, reference], (0, 1)).all():
-        # Two samples more that disagree by 0.7 each, one each way: Agresti and Min's half counts.
-        difference = np.append(difference, [0.5**0.5, -(0.5**0.5)])
+        difference = np.append(difference, [1, -1])  # Bonett and Price: one more won, one more lost
     n = len(difference)
     half = stats.t.ppf((1 + level) / 2, n - 1) * difference.std(ddof=1) / n**0.5
     low, high = difference.mean() + np.array([-half, half])
