@@ -21,6 +21,7 @@ from qgen_lab.qat.models import (
     torchvision_model,
     vit,
 )
+from qgen_lab.qat.packing import pack, packed_bytes, unpack
 from qgen_lab.qat.quantizers import (
     LSQ,
     FixedCodebook,
@@ -95,6 +96,8 @@ __all__ = [
     "learning_rates",
     "mlp",
     "nin",
+    "pack",
+    "packed_bytes",
     "parameter_groups",
     "qgen_pool",
     "quantization_noise",
@@ -109,5 +112,6 @@ __all__ = [
     "step_sizes",
     "timm_model",
     "torchvision_model",
+    "unpack",
     "vit",
 ]
