@@ -43,7 +43,14 @@ from qgen_lab.qat.quantizers import (
     step_sizes,
 )
 from qgen_lab.qat.recipes import Recipe, qgen_pool, recipes
-from qgen_lab.qat.rounding import RoundedLayer, round_layer, second_moments
+from qgen_lab.qat.rounding import (
+    LayerRounding,
+    RoundedLayer,
+    RoundingReport,
+    round_layer,
+    round_model,
+    second_moments,
+)
 from qgen_lab.qat.schedules import Cooldown, learning_rates
 from qgen_lab.qat.training import Diverged, Evaluation, History, accuracy, evaluate, fit
 from qgen_lab.qat.transformers import (
@@ -68,6 +75,7 @@ __all__ = [
     "FixedCodebook",
     "FixedWidth",
     "History",
+    "LayerRounding",
     "LloydMax",
     "Member",
     "NoiseInjection",
@@ -75,6 +83,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "RoundedLayer",
+    "RoundingReport",
     "Uniform",
     "WeightsMissing",
     "accuracy",
@@ -108,6 +117,7 @@ __all__ = [
     "resnet18",
     "resnet50",
     "round_layer",
+    "round_model",
     "second_moments",
     "step_sizes",
     "timm_model",

@@ -71,6 +71,31 @@ def test_attention_and_chosen_layers():
     }
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["fast path", "slow path"])
+def test_output_projection_of_attention(grad):
+    """Its input, the heads side by side, is never handed to the layer by torch itself."""
+    attention = nn.MultiheadAttention(6, 2, batch_first=True).eval().requires_grad_(grad)
+    model = Wrapped(attention)
+    x = torch.randn(5, 4, 6)
+    expected = model(x)
+    q, k, v = (x @ attention.in_proj_weight.T).detach().view(5, 4, 3, 2, 3).permute(2, 0, 3, 1, 4)
+    heads = (q @ k.mT / 3**0.5).softmax(-1) @ v
+    rows = heads.transpose(1, 2).reshape(20, 6)
+    found = second_moments(model, (x, torch.zeros(5)), "attention.out_proj")
+    torch.testing.assert_close(found["attention.out_proj"].float(), rows.T @ rows)
+    assert torch.equal(model(x), expected)
+    assert "forward" not in vars(attention)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
 def test_of_a_quantized_network_are_those_of_its_quantized_weights():
     data = pair(20, 1, 8, 8)
     plain, quantized = (nin(1, 4, in_channels=1, base_width=1, seed=0) for _ in range(2))

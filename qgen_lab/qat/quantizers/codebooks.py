@@ -373,8 +373,8 @@ def least_squares_scale(rows: Tensor, unit: Tensor) -> Tensor:
     """
     pool, reach = kernels.Pool(), unit.abs().max()
     spread = _root_mean_square(rows)
-    lowest, highest = 0.2 * spread, torch.maximum(rows.abs().amax(1, keepdim=True), spread)
-    ratio = highest / lowest
+    lowest = 0.2 * spread
+    ratio = 1.5 * torch.maximum(rows.abs().amax(1, keepdim=True), spread) / lowest
     best, extent = torch.full_like(spread, 0.5), 1.0
     for count in (32, 8, 8, 8):
         powers = best + extent * torch.linspace(-0.5, 0.5, count, dtype=torch.float64)

@@ -1,11 +1,14 @@
 """Gram matrices of what goes into the layers of a network, over a set of data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
+from torch.nn.utils import skip_init
 
 from qgen_lab.data import Dataset
 from qgen_lab.qat.batches import Batches, Source, channels_last
@@ -72,16 +75,42 @@ def second_moments(
         )
     source = Source(data, model)
     moments: dict[str, Tensor] = {}
-    with modes_restored(model), channels_last(model), _watched(slots, moments):
+
+    def add(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        columns = _columns(layer, inputs)
+        product = columns @ columns.mT
+        if not product.isfinite().all():
+            raise ValueError(f"layer {name!r} gets inputs that are not finite")
+        moments[name] = moments[name].add_(product) if name in moments else product
+
+    with modes_restored(model), channels_last(model), _hooked(model, slots, add):
         model.eval()
         for inputs, _ in source.batches(batch_size):
-            model(inputs)
-    missed = [name for name in slots if name not in moments]
+            if len(inputs):
+                model(inputs)
+    _check_reached(slots, moments)
+    return {name: moment.reshape(shapes[name]) for name, moment in moments.items()}
+
+
+@torch.no_grad()
+def call_order(model: nn.Module, source: Source, slots: dict[str, Slot]) -> list[str]:
+    """Names of the layers in the order in which the first batch reaches them."""
+    order: list[str] = []
+    with modes_restored(model), _hooked(model, slots, lambda name, *_: order.append(name)):
+        model.eval()
+        for inputs, _ in islice(source.batches(2), 1):
+            if len(inputs):
+                model(inputs)
+    _check_reached(slots, order)
+    return list(dict.fromkeys(order))
+
+
+def _check_reached(slots: dict[str, Slot], reached: Iterable[str]) -> None:
+    missed = sorted(slots.keys() - set(reached), key=list(slots).index)
     if missed:
         raise ValueError(
             f"no data reach the layers {', '.join(missed)}: give data, or name other layers"
         )
-    return {name: moment.reshape(shapes[name]) for name, moment in moments.items()}
 
 
 def _shape(name: str, slot: Slot) -> torch.Size:
@@ -96,25 +125,41 @@ def _shape(name: str, slot: Slot) -> torch.Size:
 
 
 @contextmanager
-def _watched(slots: dict[str, Slot], moments: dict[str, Tensor]) -> Iterator[None]:
-    """Add up in `moments` what the layers get while the model is used."""
-
-    def watch(name: str, layer: nn.Module):
-        def add(_, inputs: tuple[Tensor, ...]) -> None:
-            columns = _columns(layer, inputs[0])
-            product = columns @ columns.mT
-            if not product.isfinite().all():
-                raise ValueError(f"layer {name!r} gets inputs that are not finite")
-            moments[name] = moments[name].add_(product) if name in moments else product
-
-        return layer.register_forward_pre_hook(add)
-
-    handles = [watch(name, slot.layer) for name, slot in slots.items()]
+def _hooked(
+    model: nn.Module, slots: dict[str, Slot], act: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Call `act` with the name, the layer and its input whenever one of the layers is used."""
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    for attention in attentions:
+        attention.forward = partial(_attend, attention)
+    handles = [
+        slot.layer.register_forward_pre_hook(
+            lambda layer, inputs, name=name: act(name, layer, inputs[0])
+        )
+        for name, slot in slots.items()
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for attention in attentions:
+            del attention.forward
+
+
+def _attend(attention: nn.MultiheadAttention, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Forward pass that uses the output projection as a layer; torch uses its weight alone."""
+    projection = attention.out_proj
+    weight = projection.weight
+    identity = skip_init(nn.Linear, *weight.shape, device=weight.device, dtype=weight.dtype)
+    identity.weight.copy_(torch.eye(len(weight)))
+    identity.bias.zero_()
+    attention.out_proj = identity
+    try:
+        heads, attended = type(attention).forward(attention, *args, **kwargs)
+    finally:
+        attention.out_proj = projection
+    return projection(heads), attended
 
 
 def _columns(layer: nn.Module, inputs: Tensor) -> Tensor:
