@@ -1,4 +1,5 @@
-"""Compare stored figures by what they show: to a point of the page, not to the last digit.
+"""Compare stored figures by what they show: to a point of the page, not to the last digit,
+and whatever the line breaks between their elements.
 
 Two processors may differ in the last bit, which moves a curve by nothing that anybody sees. Text,
 tables and interactive figures stay compared character by character.
@@ -18,7 +19,7 @@ class Figure(str):
     __hash__ = str.__hash__
 
     def __eq__(self, other):
-        if NUMBER.sub("#", self) != NUMBER.sub("#", other):
+        if NUMBER.sub("#", self).split() != NUMBER.sub("#", other).split():
             return False
         pairs = zip(NUMBER.findall(self), NUMBER.findall(other), strict=True)
         return all(abs(float(a) - float(b)) <= TOLERANCE for a, b in pairs if a != b)

@@ -26,6 +26,11 @@ def refresh(path: Path) -> None:
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--log-level=ERROR"],
     ).execute()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if svg := output.get("data", {}).get("image/svg+xml"):
+                # On one line: a notebook spends a dozen bytes on each line of a figure.
+                output.data["image/svg+xml"] = " ".join(svg.split())
     notebook.metadata = METADATA
     nbformat.write(notebook, path)
 
