@@ -3,7 +3,8 @@
 `QGEN_DATA=folder python book/results/rounding_after_training/run.py` does what is missing and
 writes the tables beside this file once all is there. Three stages can be named alone: `train`
 trains every network in full precision and in few bits; `layers` rounds each layer of one
-full-precision network of each kind for itself; `networks` rounds whole networks.
+full-precision network of each kind for itself, and layers whose inputs have a power law as their
+spectrum; `networks` rounds whole networks.
 
 Networks that share a kind and a seed share data, initial weights, order of the samples and budget;
 they differ in the bits alone. Bits 32 mean full precision, and only those networks are rounded.
@@ -11,22 +12,49 @@ they differ in the bits alone. Bits 32 mean full precision, and only those netwo
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qgen_lab.codebooks import Codebook, uniform
 from qgen_lab.data import Splits, load_dataset
-from qgen_lab.experiments.provenance import git_revision
-from qgen_lab.qat import Recipe, build_model, fit, quantize_weights
+from qgen_lab.experiments.provenance import git_revision, provenance, write_json
+from qgen_lab.qat import (
+    Recipe,
+    build_model,
+    evaluate,
+    fit,
+    quantize_weights,
+    reestimate_batch_norm,
+    round_layer,
+    round_model,
+    second_moments,
+)
+from qgen_lab.qat.quantizers import quantized_slots
 
 HERE = Path(__file__).parent
 PARTS = HERE / "parts"  # trained networks and finished rows; not in git
 
+STAGES = ("train", "layers", "networks")
 FULL_PRECISION = 32
 BITS = (2, 3, 4)
+METHODS = ("nearest", "compensated", "coordinate", "cooled")
+MAIN = {"quantizer": "lsq", "step": "weights", "batch_norm": "re-estimated"}
+VARIED = ("nearest", "cooled")
+LAYER_METHODS = {
+    **{method: {"method": method} for method in METHODS},
+    "compensated + coordinate": {"method": "compensated", "polish": True},
+    "cooled + coordinate": {"method": "cooled", "polish": True},
+}
+LAYER_SEED = 0  # the seed whose layers are rounded one by one, fixed before any run
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+POWER_LAW = {"inputs": 256, "outputs": 64, "seeds": 4}
 
 
 @dataclass(frozen=True)
@@ -37,9 +65,9 @@ class Kind:
     model: dict
     recipe: Recipe
     seeds: tuple[int, ...]
-    exclude: tuple[str, ...] = ()  # layers that stay in full precision
     calibration: int | None = None  # rounding sees the first so many training images; None: all
     test_size: int | None = None  # the first so many test images; None: all
+    variants: tuple[dict, ...] = ()  # other arguments of `round_model`, for some methods
 
 
 NIN = {"name": "nin", "depth": 2, "width_multiplier": 32, "base_width": 1, "in_channels": 1}
@@ -61,6 +89,12 @@ KINDS = {
         NIN,
         Recipe(120, 64, learning_rate=0.05, schedule="cosine", keep="last"),
         tuple(range(8)),
+        variants=(
+            {"quantizer": "uniform"},
+            {"step": "outputs"},
+            {"batch_norm": "folded"},
+            {"batch_norm": "kept"},
+        ),
     ),
     "digits NiN, wrong labels": Kind(
         {"name": "digits", "label_noise": 0.25},
@@ -73,8 +107,7 @@ KINDS = {
         VIT,
         Recipe(30, 64, "adamw", learning_rate=4e-3, schedule="cosine", keep="last"),
         tuple(range(8)),
-        # The inputs of this layer of torch's attention are out of sight of a hook.
-        exclude=("*.out_proj",),
+        variants=({"step": "outputs"},),
     ),
     "CIFAR-10 NiN": Kind(
         CIFAR,
@@ -89,8 +122,8 @@ KINDS = {
         {"name": "resnet18", "base_width": 16},
         Recipe(6, 64, weight_decay=5e-4, schedule="cosine", keep="last"),
         (0, 1, 2),
-        calibration=512,
-        test_size=5000,
+        calibration=256,
+        test_size=3000,
     ),
 }
 
@@ -105,7 +138,7 @@ def build(kind: Kind, seed: int, bits: int) -> nn.Module:
     """The network at the start of its training."""
     model = build_model(**kind.model, seed=seed)
     if bits < FULL_PRECISION:
-        quantize_weights(model, bits, "lsq", exclude=kind.exclude or None)
+        quantize_weights(model, bits, "lsq")
     return model
 
 
@@ -116,13 +149,13 @@ def train(name: str, seed: int, bits: int) -> None:
     fit(model, load(kind, seed).train, kind.recipe, seed=seed, progress=False)
     seconds = time.process_time() - start
     trained = {"state": model.state_dict(), "seconds": seconds, "revision": git_revision()}
-    store(part(name, seed, f"{bits}.pt"), lambda path: torch.save(trained, path))
+    store(weights_of(name, seed, bits), lambda path: torch.save(trained, path))
 
 
 def trained(name: str, seed: int, bits: int) -> nn.Module:
     """The network as `train` left it."""
     model = build(KINDS[name], seed, bits)
-    model.load_state_dict(torch.load(part(name, seed, f"{bits}.pt"))["state"])
+    model.load_state_dict(torch.load(weights_of(name, seed, bits))["state"])
     return model.eval()
 
 
@@ -138,21 +171,223 @@ def store(path: Path, write) -> None:
     unfinished.rename(path)
 
 
+def layers(name: str) -> None:
+    """Round each layer of one network for itself, on the inputs that the float network gives it."""
+    kind = KINDS[name]
+    data, model = load(kind, LAYER_SEED), trained(name, LAYER_SEED, FULL_PRECISION)
+    chosen = list(quantized_slots(build(kind, LAYER_SEED, bits=8)))
+    calibration = data.train.take(slice(0, kind.calibration))
+    grams = second_moments(model, calibration, chosen)
+    fresh = second_moments(model, data.test.take(slice(0, len(calibration))), chosen)
+    rows, spectra = [], {}
+    for layer, gram in grams.items():
+        weight = model.get_parameter(weight_name(model, layer))
+        values = torch.linalg.eigvalsh(gram).flip(-1)
+        spectra[f"{name}/{layer}"] = (values / values.mean()).clamp(min=0).float().tolist()
+        sizes = {"inputs": weight[0].numel(), "outputs": len(weight)}
+        for row in rounded_rows(weight, gram, fresh[layer]):
+            rows.append({"network": name, "layer": layer} | sizes | row)
+    found = {"rows": rows, "spectra": spectra}
+    store(layers_of(name), lambda path: path.write_text(json.dumps(found)))
+
+
+def weight_name(model: nn.Module, layer: str) -> str:
+    """Name of a layer's weight: attention layers hold that of `in_proj` themselves."""
+    names = dict(model.named_parameters())
+    return f"{layer}.weight" if f"{layer}.weight" in names else f"{layer}_weight"
+
+
+def rounded_rows(weight: Tensor, gram: Tensor, fresh: Tensor | None = None) -> list[dict]:
+    """Errors of all methods at all bits; `fresh` is the Gram matrix of images not rounded on."""
+    rows = []
+    for bits in BITS:
+        codebook = least_squares_codebook(bits, weight)
+        floor = output_floor(gram, codebook, weight)
+        for method, options in LAYER_METHODS.items():
+            found = round_layer(weight.detach(), gram, codebook, **options)
+            row = {"bits": bits, "method": method, "error": found.output_error, "floor": floor}
+            if fresh is not None:
+                row["test_error"] = relative_error(found.weight, weight, fresh)
+            rows.append(row | {"seconds": found.seconds})
+    return rows
+
+
+def least_squares_codebook(bits: int, weight: Tensor) -> Codebook:
+    """Uniform levels of the width that leaves the least squared error of the weights."""
+    values = weight.detach().double().flatten().numpy()
+    books = [uniform(bits, share * abs(values).max()) for share in np.linspace(0.05, 1, 191)]
+    return min(books, key=lambda book: (book.noise(values) ** 2).sum())
+
+
+def output_floor(gram: Tensor, codebook: Codebook, weight: Tensor) -> float:
+    """Error that no method undercuts on fine grids: a cell of the lattice as round as a ball."""
+    spacing, inputs = float(codebook.spacing[0]), gram.shape[-1]
+    log_determinant = torch.linalg.slogdet(gram).logabsdet.double()
+    rows = weight.detach().double().flatten(1)
+    ball = inputs * unit_ball_moment(inputs) * spacing**2
+    floor = len(rows) * ball * torch.exp(log_determinant / inputs)
+    return (floor / ((rows @ gram) * rows).sum()).item()
+
+
+def unit_ball_moment(dimension: int) -> float:
+    """Mean squared coordinate of a ball of volume one; tends to 1 / (2 pi e)."""
+    return math.exp(2 / dimension * math.lgamma(dimension / 2 + 1)) / (math.pi * (dimension + 2))
+
+
+def relative_error(rounded: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """Squared output error, relative to the squared outputs of the float weights."""
+    change, rows = ((w.detach().double().flatten(1)) for w in (rounded - weight, weight))
+    return (((change @ gram) * change).sum() / ((rows @ gram) * rows).sum()).item()
+
+
+def power_laws() -> None:
+    """Round Gaussian weights on inputs whose spectrum is a power law in a random basis."""
+    inputs, outputs = POWER_LAW["inputs"], POWER_LAW["outputs"]
+    rows = []
+    for seed in range(POWER_LAW["seeds"]):
+        rng = np.random.default_rng(seed)
+        weight = torch.from_numpy(rng.standard_normal((outputs, inputs)))
+        basis = np.linalg.qr(rng.standard_normal((inputs, inputs))).Q
+        for exponent in EXPONENTS:
+            gram = basis * np.arange(1, inputs + 1.0) ** -exponent @ basis.T
+            for row in rounded_rows(weight, torch.from_numpy((gram + gram.T) / 2)):
+                rows.append({"exponent": exponent, "seed": seed} | row)
+    store(PARTS / "power_laws.json", lambda path: path.write_text(json.dumps(rows)))
+
+
+def networks(name: str, seed: int, bits: int, method: str) -> None:
+    """Evaluate one network: `trained` at these bits, or in full precision and rounded to them."""
+    kind, data = KINDS[name], load(KINDS[name], seed)
+    if method == "trained":
+        rows = [result(trained(name, seed, bits), data, "re-estimated")]
+    else:
+        rows = [
+            rounded(name, seed, bits, method, data, **choice) for choice in choices(kind, method)
+        ]
+    key = {"network": name, "seed": seed, "bits": bits, "method": method}
+    rows = [key | row for row in rows]
+    store(row_of(*key.values()), lambda path: path.write_text(json.dumps(rows)))
+
+
+def rounded(name: str, seed: int, bits: int, method: str, data: Splits, **choice) -> dict:
+    """Round the full-precision network and evaluate it."""
+    model, start = trained(name, seed, FULL_PRECISION), time.process_time()
+    calibration = data.train.take(slice(0, KINDS[name].calibration))
+    report = round_model(model, calibration, bits, method, progress=False, **choice)
+    seconds = time.process_time() - start
+    row = choice | result(model, data, choice["batch_norm"])
+    return row | {"output_error": report.to_frame().output_error.median(), "seconds": seconds}
+
+
+def choices(kind: Kind, method: str) -> list[dict]:
+    """Other arguments of `round_model`: LSQ's grid of least weight error, and then the variants.
+
+    So all methods have the same levels, and the levels are of the kind that was trained with.
+    """
+    variants = kind.variants if method in VARIED else ()
+    return [MAIN | change for change in ({}, *variants)]
+
+
+def result(model: nn.Module, data: Splits, batch_norm: str) -> dict:
+    """Losses and accuracies; batch norm re-estimated on all training images unless told not to."""
+    if batch_norm == "re-estimated":
+        reestimate_batch_norm(model, data.train)
+    row = {}
+    for split in ("train", "test"):
+        found = evaluate(model, getattr(data, split))
+        row |= {f"{split}_loss": found.loss, f"{split}_accuracy": found.metrics["accuracy"]}
+    return row
+
+
+def write_tables(origin: dict) -> None:
+    """Gather everything into the stored tables."""
+    weights = [torch.load(weights_of(*key)) for key in runs(KINDS)]
+    rows = [row for key in roundings(KINDS) for row in read(row_of(*key))]
+    singly = [read(layers_of(name)) for name in KINDS]
+    tables = {
+        "networks": rows,
+        "layers": [row for found in singly for row in found["rows"]],
+        "power_laws": read(PARTS / "power_laws.json"),
+    }
+    for name, table in tables.items():
+        pd.DataFrame(table).to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
+    spectra = {k: np.float32(v) for found in singly for k, v in found["spectra"].items()}
+    np.savez_compressed(HERE / "spectra.npz", **spectra)
+    origin["config"]["trained_at"] = sorted({trained["revision"] for trained in weights})
+    seconds = sum(row.get("seconds", 0) for rows in (weights, *tables.values()) for row in rows)
+    write_json(origin | {"seconds": round(float(seconds), 1)}, HERE / "provenance.json")
+
+
+def weights_of(name: str, seed: int, bits: int) -> Path:
+    """Where a trained network waits."""
+    return part(name, seed, f"{bits}.pt")
+
+
+def row_of(name: str, seed: int, bits: int, method: str) -> Path:
+    """Where the figures of a network wait."""
+    return part(name, seed, f"{bits}-{method}.json")
+
+
+def layers_of(name: str) -> Path:
+    """Where the rounded layers of a kind wait."""
+    return part(name, LAYER_SEED, "layers.json")
+
+
+def read(path: Path):
+    """What a finished part holds."""
+    return json.loads(path.read_text())
+
+
+def runs(names) -> list[tuple[str, int, int]]:
+    """Kind, seed and bits of each network; full precision first, since rounding waits for it."""
+    every = (FULL_PRECISION, *BITS)
+    return [(name, seed, bits) for bits in every for name in names for seed in KINDS[name].seeds]
+
+
+def roundings(names) -> list[tuple[str, int, int, str]]:
+    """Kind, seed, bits and method of each row: as trained, and rounded."""
+    return [
+        (*key, method)
+        for key in runs(names)
+        for method in ("trained", *(METHODS if key[-1] < FULL_PRECISION else ()))
+    ]
+
+
 def main(stages: list[str], only: list[str]) -> None:
     """Do what is missing of these stages and kinds; write the tables when nothing is missing."""
     torch.set_num_threads(1)
     PARTS.mkdir(exist_ok=True)
-    if "train" in stages:
-        for bits in (FULL_PRECISION, *BITS):  # full precision first: rounding waits for it
-            for name in only:
-                for seed in KINDS[name].seeds:
-                    if not part(name, seed, f"{bits}.pt").exists():
-                        train(name, seed, bits)
+    config = {
+        "bits": BITS,
+        "kinds": {name: asdict(kind) for name, kind in KINDS.items()},
+        "layers": {"seed": LAYER_SEED, "methods": LAYER_METHODS},
+        "power_laws": {"exponents": EXPONENTS, **POWER_LAW},
+        "note": "sizes and budgets were set by the time of an epoch on seed 901; seconds are "
+        "processor time on a shared machine",
+    }
+    # Made before the work: the revision and the versions are those that round.
+    command = "python book/results/rounding_after_training/run.py"
+    seeds = sorted({seed for kind in KINDS.values() for seed in kind.seeds})
+    origin = provenance(command, config, seeds, seconds=0)
+    work = {
+        "train": [(train, key, weights_of(*key)) for key in runs(only)],
+        "layers": [(layers, (name,), layers_of(name)) for name in only],
+        "networks": [(networks, key, row_of(*key)) for key in roundings(only)],
+    }
+    work["layers"].append((power_laws, (), PARTS / "power_laws.json"))
+    for stage in stages:
+        for do, key, target in work[stage]:
+            if not target.exists():
+                do(*key)
+    whole = [weights_of(*key) for key in runs(KINDS)] + [row_of(*key) for key in roundings(KINDS)]
+    whole += [layers_of(name) for name in KINDS] + [PARTS / "power_laws.json"]
+    if all(target.exists() for target in whole):
+        write_tables(origin)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["train", "layers", "networks"])
+    parser.add_argument("stages", nargs="*", default=STAGES, metavar="stage")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
     main(arguments.stages, arguments.only)
