@@ -60,12 +60,16 @@ from qgen_lab.qat.transformers import (
     by_head,
     distillation,
 )
+from qgen_lab.qat.which_bits import BitsRow, BitsTable, Change, which_bits
 
 __all__ = [
     "LSQ",
     "MODELS",
     "BinRegularization",
+    "BitsRow",
+    "BitsTable",
     "CannotFold",
+    "Change",
     "CheckpointRefused",
     "CodeAverage",
     "Cooldown",
@@ -124,4 +128,5 @@ __all__ = [
     "torchvision_model",
     "unpack",
     "vit",
+    "which_bits",
 ]
