@@ -198,13 +198,16 @@ def cooled(
     power: float = 4.0,
     steps: int = 400,
     constant_steps: int = 400,
-    rate: float = 1.9,
+    rates: tuple[float, ...] = (1.9, 1.0, 0.5),
+    reheats: int = 1,
 ) -> Tensor:
     """Straight-through descent with a rate that is cooled to zero by a power.
 
     Latent weights go down the slope of the error at their nearest levels, each scaled by the
     diagonal of `G`. The rate is constant until slow directions have settled, then falls to zero:
-    the surest weights freeze first, and the others make up for them.
+    the surest weights freeze first, and the others make up for them. Every row is a problem of its
+    own and keeps the best levels on its way, over a few descents that differ in their rate; each is
+    heated up again from there.
 
     Parameters
     ----------
@@ -216,20 +219,35 @@ def cooled(
         The rate falls as `(1 - t / steps)**power`.
     steps, constant_steps : int
         Steps while it falls, and before.
-    rate : float
-        First rate, in units of one over the largest eigenvalue of the scaled `G`; below 2, where
-        descent on the float weights becomes unstable.
+    rates : tuple of float
+        First rate of each descent, in units of one over the largest eigenvalue of the scaled `G`;
+        below 2, where descent on the float weights becomes unstable.
+    reheats : int
+        How often the rate falls again, each time from the best levels so far.
     """
     curvature = problem.gram.diagonal()
-    scale = torch.where(curvature > 0, curvature, 1).rsqrt()
+    curvature = torch.where(curvature > 0, curvature, 1)
+    scale = curvature.rsqrt()
     largest = _largest_eigenvalue(scale[:, None] * problem.gram * scale)
-    descent = (problem.gram * (rate / largest * scale.square())).float()
+    rate = problem.gram.new_tensor(rates)[:, None] / (largest * curvature)
     # Products in float32. Latent weights in float64: late steps are far below float32's spacing.
-    latent = start.clone()
-    for factor in [1.0] * constant_steps + [(1 - t / steps) ** power for t in range(steps)]:
-        change = (problem.nearest(latent) - problem.weight).float()
-        latent.sub_(change @ descent, alpha=factor)
-    return problem.nearest(latent)
+    gram, weight = problem.gram.float(), problem.weight[:, None]
+    latent = start[:, None].repeat(1, len(rates), 1)  # (outputs, rates, inputs)
+    best = torch.empty_like(latent)
+    least = gram.new_full(latent.shape[:2], torch.inf)
+    constant, falling = [1.0] * constant_steps, [(1 - t / steps) ** power for t in range(steps)]
+    for factors in [constant + falling] + [falling] * reheats:
+        for factor in [*factors, 0.0]:
+            rounded = problem.nearest(latent.flatten(1)).view_as(latent)
+            change = (rounded - weight).float()
+            slope = change @ gram
+            error = (change * slope).sum(-1)
+            better = error < least
+            best[better], least[better] = rounded[better], error[better]
+            latent.sub_(rate * slope, alpha=factor)
+        latent = best.clone()
+    errors = torch.stack([problem.error(answer) for answer in best.unbind(1)], 1)
+    return best[torch.arange(len(best), device=best.device), errors.argmin(1)]
 
 
 def _largest_eigenvalue(matrix: Tensor, rounds: int = 100) -> Tensor:
