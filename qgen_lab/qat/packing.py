@@ -119,7 +119,7 @@ class _Packed:
     shape: list[int]
     dtype: str
     bits: int
-    levels: int
+    count: int
     channel_dim: int
     steps: int
     first: float | None = None
@@ -130,7 +130,7 @@ class _Packed:
         if self.first is None:
             levels = arrays["levels"].astype(np.float64)
         else:
-            levels = self.first + self.spacing * np.arange(self.levels)[None]
+            levels = self.first + self.spacing * np.arange(self.count)[None]
         scale = arrays.get("scale", np.ones(1)).astype(np.float64)
         channels = self.shape[self.channel_dim]
         step = np.arange(channels) * self.steps // channels
@@ -308,15 +308,15 @@ def _unpack(name: str, packed: _Packed, arrays: dict[str, Tensor]) -> Tensor:
     beside = {part: arrays.pop(f"{name}.{part}").numpy() for part in parts}
     octets, count = beside.pop("codes"), math.prod(packed.shape)
     _require(
-        1 <= packed.bits <= _MOST_BITS and 1 <= packed.levels <= 2**packed.bits,
-        f"{name} has {packed.bits} bits and {packed.levels} levels",
+        1 <= packed.bits <= _MOST_BITS and 1 <= packed.count <= 2**packed.bits,
+        f"{name} has {packed.bits} bits and {packed.count} levels",
     )
     _require(
         octets.dtype == np.uint8 and octets.size == -(-count * packed.bits // 8),
         f"{name} has {octets.nbytes} bytes of codes for {count} weights of {packed.bits} bits",
     )
     codes = _from_bits(octets, packed.bits, count).reshape(packed.shape)
-    _require(codes.max(initial=0) < packed.levels, f"{name} has codes beyond its levels")
+    _require(codes.max(initial=0) < packed.count, f"{name} has codes beyond its levels")
     _require(
         all(len(array) in (1, packed.steps) for array in beside.values()),
         f"{name} has not one scale or row of levels for each of {packed.steps} steps",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -142,6 +143,15 @@ def test_round_trip_of_quantizers_for_whole_layers(path, name):
     layer.weight.data = normal(4, 9)
     state = round_trip(quantize_weights(nn.Sequential(layer), 2, WHOLE_LAYER[name]), path)
     np.testing.assert_array_equal(read_without_us(path)["0.weight"], state["0.weight"].numpy())
+
+
+def test_numpy_reads_bfloat16_as_the_page_says(path):
+    model = quantize_weights(network().bfloat16(), 3)
+    state, blocks = round_trip(model, path), safetensors.numpy.load_file(path)
+    block = blocks["bfloat16"]
+    numbers = (block.astype("uint32") << 16).view("float32")
+    plain = [v for v in state.values() if v.dtype == torch.bfloat16 and v.dim() == 1]
+    np.testing.assert_array_equal(numbers, torch.cat(plain).float().numpy())
 
 
 def test_a_small_file_by_hand(path):
@@ -377,8 +387,8 @@ INCONSISTENT = {
     "more bits than codes": (entry(bits=5), "3 bytes of codes for 6 weights of 5 bits"),
     "no bits": (entry(bits=0), "0 bits"),
     "seventeen bits": (entry(bits=17), "17 bits"),
-    "levels beyond the bits": (entry(levels=9), "9 levels"),
-    "codes beyond the levels": (entry(levels=3), "codes beyond its levels"),
+    "levels beyond the bits": (entry(count=9), "9 levels"),
+    "codes beyond the levels": (entry(count=3), "codes beyond its levels"),
     "another shape": (entry(shape=[2, 5]), "bytes of codes for 10 weights"),
     "a negative shape": (entry(shape=[-2, -3]), "damaged"),
     "a shape that is no list": (entry(shape="ab"), "damaged"),
@@ -408,7 +418,7 @@ def test_parts_that_do_not_fit_together_are_refused(small, case):
     index = json.loads(zlib.decompress(blocks["index"].numpy().tobytes()))
     with safe_open(small, "pt") as file:
         metadata = file.metadata()
-    index["packed"]["0.weight"]["levels"] = 8
+    index["packed"]["0.weight"]["count"] = 8
     blocks["uint8"] = torch.tensor([0xFF] * 2 + [0x03], dtype=torch.uint8)  # all codes are seven
     change(index, blocks)
     blocks["index"] = torch.tensor(list(zlib.compress(json.dumps(index).encode()))).byte()
