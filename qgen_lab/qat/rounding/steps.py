@@ -13,7 +13,10 @@ from qgen_lab.theory import recommend_width
 
 # Steps that are tried, in units of the one of least squared weight error, and how briefly.
 _FACTORS = torch.tensor([0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3], dtype=torch.float64)
-_BRIEF = {"cooled": {"constant_steps": 100, "steps": 100}, "coordinate": {"sweeps": 5}}
+_BRIEF = {
+    "cooled": {"constant_steps": 100, "steps": 100, "rates": (1.9,), "reheats": 0},
+    "coordinate": {"sweeps": 5},
+}
 
 
 def of_least_weight_error(quantizer: Quantizer, weight: Tensor, gram: Tensor, method: str) -> None:
