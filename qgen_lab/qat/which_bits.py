@@ -135,7 +135,7 @@ class BitsTable:
         Parameters
         ----------
         row, against : int
-            Which is compared with which, by number.
+            Numbers of two rows.
         measure : str
             "loss" or the name of a metric.
         level : float
@@ -275,8 +275,10 @@ def which_bits(
         then no test any more.
     bits : iterable of int
         From 1 to 16.
-    method, per_channel, quantizer, layers, exclude
-        As for `round_model`; all but the method hold for training, too.
+    method : str
+        How to round: a name in `methods`, as for `round_model`.
+    per_channel, quantizer, layers, exclude
+        What to quantize and how, for rounding and for training: as for `quantize_weights`.
     calibration : Dataset, (inputs, targets) tensors, or iterable of such batches, optional
         Data to round on; by default the training data. Some hundred to thousand samples save time.
     batch_norm : {"re-estimated", "folded", "kept"}
@@ -285,7 +287,7 @@ def which_bits(
     recipe : Recipe, optional
         How to train.
     loss, metrics : callable, dict of str to callable
-        As for `fit`: means over samples.
+        As for `fit`; each a mean over samples.
     seed : int
         Of the training.
     progress : bool, optional
@@ -296,7 +298,7 @@ def which_bits(
     Returns
     -------
     BitsTable
-        It holds all models, so none has to be made again.
+        It holds all models, so that none has to be made again.
 
     Raises
     ------
