@@ -44,17 +44,18 @@ PARTS = HERE / "parts"  # trained networks and finished rows; not in git
 STAGES = ("train", "layers", "networks")
 FULL_PRECISION = 32
 BITS = (2, 3, 4)
-METHODS = ("nearest", "compensated", "coordinate", "cooled")
+METHODS = ("nearest", "compensated", "cooled", "coordinate")
 MAIN = {"quantizer": "lsq", "step": "weights", "batch_norm": "re-estimated"}
 VARIED = ("nearest", "cooled")
+ONE_DESCENT = {"rates": (1.9,), "reheats": 0}
 LAYER_METHODS = {
-    **{method: {"method": method} for method in METHODS},
-    "compensated + coordinate": {"method": "compensated", "polish": True},
-    "cooled + coordinate": {"method": "cooled", "polish": True},
-}
+    **dict.fromkeys(METHODS),
+    "compensated + coordinate": "compensated",
+    "cooled + coordinate": "cooled",
+}  # and whose answer coordinate descent polishes
 LAYER_SEED = 0  # the seed whose layers are rounded one by one, fixed before any run
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-POWER_LAW = {"inputs": 256, "outputs": 64, "seeds": 4}
+POWER_LAW = {"inputs": 128, "outputs": 64, "seeds": 3}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Kind:
     calibration: int | None = None  # rounding sees the first so many training images; None: all
     test_size: int | None = None  # the first so many test images; None: all
     variants: tuple[dict, ...] = ()  # other arguments of `round_model`, for some methods
+    brief: bool = False  # whether whole networks are cooled by one descent a layer, to save time
 
 
 NIN = {"name": "nin", "depth": 2, "width_multiplier": 32, "base_width": 1, "in_channels": 1}
@@ -123,7 +125,8 @@ KINDS = {
         Recipe(6, 64, weight_decay=5e-4, schedule="cosine", keep="last"),
         (0, 1, 2),
         calibration=256,
-        test_size=3000,
+        test_size=2000,
+        brief=True,
     ),
 }
 
@@ -171,24 +174,22 @@ def store(path: Path, write) -> None:
     unfinished.rename(path)
 
 
-def layers(name: str) -> None:
+def layers(name: str, bits: int) -> None:
     """Round each layer of one network for itself, on the inputs that the float network gives it."""
     kind = KINDS[name]
     data, model = load(kind, LAYER_SEED), trained(name, LAYER_SEED, FULL_PRECISION)
-    chosen = list(quantized_slots(build(kind, LAYER_SEED, bits=8)))
+    chosen = list(quantized_slots(build(kind, LAYER_SEED, bits)))
     calibration = data.train.take(slice(0, kind.calibration))
     grams = second_moments(model, calibration, chosen)
     fresh = second_moments(model, data.test.take(slice(0, len(calibration))), chosen)
     rows, spectra = [], {}
     for layer, gram in grams.items():
-        weight = model.get_parameter(weight_name(model, layer))
+        weight = model.get_parameter(weight_name(model, layer)).detach()
         values = torch.linalg.eigvalsh(gram).flip(-1)
         spectra[f"{name}/{layer}"] = (values / values.mean()).clamp(min=0).float().tolist()
-        sizes = {"inputs": weight[0].numel(), "outputs": len(weight)}
-        for row in rounded_rows(weight, gram, fresh[layer]):
-            rows.append({"network": name, "layer": layer} | sizes | row)
-    found = {"rows": rows, "spectra": spectra}
-    store(layers_of(name), lambda path: path.write_text(json.dumps(found)))
+        key = {"network": name, "layer": layer, "inputs": weight[0].numel(), "outputs": len(weight)}
+        rows += [key | row for row in rounded_rows(bits, weight, gram, fresh[layer])]
+    store_rows(layers_of(name, bits), rows, spectra=spectra)
 
 
 def weight_name(model: nn.Module, layer: str) -> str:
@@ -197,18 +198,26 @@ def weight_name(model: nn.Module, layer: str) -> str:
     return f"{layer}.weight" if f"{layer}.weight" in names else f"{layer}_weight"
 
 
-def rounded_rows(weight: Tensor, gram: Tensor, fresh: Tensor | None = None) -> list[dict]:
-    """Errors of all methods at all bits; `fresh` is the Gram matrix of images not rounded on."""
-    rows = []
-    for bits in BITS:
-        codebook = least_squares_codebook(bits, weight)
-        floor = output_floor(gram, codebook, weight)
-        for method, options in LAYER_METHODS.items():
-            found = round_layer(weight.detach(), gram, codebook, **options)
-            row = {"bits": bits, "method": method, "error": found.output_error, "floor": floor}
-            if fresh is not None:
-                row["test_error"] = relative_error(found.weight, weight, fresh)
-            rows.append(row | {"seconds": found.seconds})
+def rounded_rows(bits: int, weight: Tensor, gram: Tensor, fresh: Tensor) -> list[dict]:
+    """Errors of all methods; `fresh` is the Gram matrix of inputs that are not rounded for."""
+    codebook = least_squares_codebook(bits, weight)
+    floor, found, rows = output_floor(gram, codebook, weight), {}, []
+    for method, polished in LAYER_METHODS.items():
+        if polished:
+            start = found[polished].weight
+            found[method] = round_layer(weight, gram, codebook, "coordinate", start=start)
+        else:
+            found[method] = round_layer(weight, gram, codebook, method)
+        rows.append(
+            {
+                "bits": bits,
+                "method": method,
+                "error": found[method].output_error,
+                "test_error": relative_error(found[method].weight, weight, fresh),
+                "floor": floor,
+                "seconds": found[method].seconds,
+            }
+        )
     return rows
 
 
@@ -240,7 +249,7 @@ def relative_error(rounded: Tensor, weight: Tensor, gram: Tensor) -> float:
     return (((change @ gram) * change).sum() / ((rows @ gram) * rows).sum()).item()
 
 
-def power_laws() -> None:
+def power_laws(bits: int) -> None:
     """Round Gaussian weights on inputs whose spectrum is a power law in a random basis."""
     inputs, outputs = POWER_LAW["inputs"], POWER_LAW["outputs"]
     rows = []
@@ -249,10 +258,10 @@ def power_laws() -> None:
         weight = torch.from_numpy(rng.standard_normal((outputs, inputs)))
         basis = np.linalg.qr(rng.standard_normal((inputs, inputs))).Q
         for exponent in EXPONENTS:
-            gram = basis * np.arange(1, inputs + 1.0) ** -exponent @ basis.T
-            for row in rounded_rows(weight, torch.from_numpy((gram + gram.T) / 2)):
+            gram = torch.from_numpy(basis * np.arange(1, inputs + 1.0) ** -exponent @ basis.T)
+            for row in rounded_rows(bits, weight, gram, gram):
                 rows.append({"exponent": exponent, "seed": seed} | row)
-    store(PARTS / "power_laws.json", lambda path: path.write_text(json.dumps(rows)))
+    store_rows(power_laws_of(bits), rows)
 
 
 def networks(name: str, seed: int, bits: int, method: str) -> None:
@@ -266,14 +275,15 @@ def networks(name: str, seed: int, bits: int, method: str) -> None:
         ]
     key = {"network": name, "seed": seed, "bits": bits, "method": method}
     rows = [key | row for row in rows]
-    store(row_of(*key.values()), lambda path: path.write_text(json.dumps(rows)))
+    store_rows(row_of(*key.values()), rows)
 
 
 def rounded(name: str, seed: int, bits: int, method: str, data: Splits, **choice) -> dict:
     """Round the full-precision network and evaluate it."""
     model, start = trained(name, seed, FULL_PRECISION), time.process_time()
     calibration = data.train.take(slice(0, KINDS[name].calibration))
-    report = round_model(model, calibration, bits, method, progress=False, **choice)
+    options = ONE_DESCENT if KINDS[name].brief and method == "cooled" else {}
+    report = round_model(model, calibration, bits, method, progress=False, **choice, **options)
     seconds = time.process_time() - start
     row = choice | result(model, data, choice["batch_norm"])
     return row | {"output_error": report.to_frame().output_error.median(), "seconds": seconds}
@@ -302,20 +312,28 @@ def result(model: nn.Module, data: Splits, batch_norm: str) -> dict:
 def write_tables(origin: dict) -> None:
     """Gather everything into the stored tables."""
     weights = [torch.load(weights_of(*key)) for key in runs(KINDS)]
-    rows = [row for key in roundings(KINDS) for row in read(row_of(*key))]
-    singly = [read(layers_of(name)) for name in KINDS]
-    tables = {
-        "networks": rows,
-        "layers": [row for found in singly for row in found["rows"]],
-        "power_laws": read(PARTS / "power_laws.json"),
+    parts = {
+        "networks": [read(row_of(*key)) for key in roundings(KINDS)],
+        "layers": [read(layers_of(name, bits)) for name in KINDS for bits in BITS],
+        "power_laws": [read(power_laws_of(bits)) for bits in BITS],
     }
-    for name, table in tables.items():
-        pd.DataFrame(table).to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
-    spectra = {k: np.float32(v) for found in singly for k, v in found["spectra"].items()}
+    seconds = sum(trained["seconds"] for trained in weights)
+    revisions = {"train": sorted({trained["revision"] for trained in weights})}
+    for name, found in parts.items():
+        table = pd.DataFrame([row for part in found for row in part["rows"]])
+        table.to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
+        revisions[name] = sorted({part["revision"] for part in found})
+        seconds += table.seconds.sum()
+    spectra = {k: np.float32(v) for part in parts["layers"] for k, v in part["spectra"].items()}
     np.savez_compressed(HERE / "spectra.npz", **spectra)
-    origin["config"]["trained_at"] = sorted({trained["revision"] for trained in weights})
-    seconds = sum(row.get("seconds", 0) for rows in (weights, *tables.values()) for row in rows)
+    origin["config"]["revisions"] = revisions
     write_json(origin | {"seconds": round(float(seconds), 1)}, HERE / "provenance.json")
+
+
+def store_rows(path: Path, rows: list[dict], **more) -> None:
+    """Write rows and the revision that they come from."""
+    record = {"rows": rows, "revision": git_revision(), **more}
+    store(path, lambda unfinished: unfinished.write_text(json.dumps(record)))
 
 
 def weights_of(name: str, seed: int, bits: int) -> Path:
@@ -328,9 +346,14 @@ def row_of(name: str, seed: int, bits: int, method: str) -> Path:
     return part(name, seed, f"{bits}-{method}.json")
 
 
-def layers_of(name: str) -> Path:
+def layers_of(name: str, bits: int) -> Path:
     """Where the rounded layers of a kind wait."""
-    return part(name, LAYER_SEED, "layers.json")
+    return part(name, LAYER_SEED, f"{bits}-layers.json")
+
+
+def power_laws_of(bits: int) -> Path:
+    """Where layers with power laws wait."""
+    return PARTS / f"power-laws-{bits}.json"
 
 
 def read(path: Path):
@@ -346,11 +369,8 @@ def runs(names) -> list[tuple[str, int, int]]:
 
 def roundings(names) -> list[tuple[str, int, int, str]]:
     """Kind, seed, bits and method of each row: as trained, and rounded."""
-    return [
-        (*key, method)
-        for key in runs(names)
-        for method in ("trained", *(METHODS if key[-1] < FULL_PRECISION else ()))
-    ]
+    found = [(*key, "trained") for key in runs(names)]
+    return found + [(*k, m) for m in METHODS for k in runs(names) if k[-1] < FULL_PRECISION]
 
 
 def main(stages: list[str], only: list[str]) -> None:
@@ -361,6 +381,7 @@ def main(stages: list[str], only: list[str]) -> None:
         "bits": BITS,
         "kinds": {name: asdict(kind) for name, kind in KINDS.items()},
         "layers": {"seed": LAYER_SEED, "methods": LAYER_METHODS},
+        "one_descent": ONE_DESCENT,
         "power_laws": {"exponents": EXPONENTS, **POWER_LAW},
         "note": "sizes and budgets were set by the time of an epoch on seed 901; seconds are "
         "processor time on a shared machine",
@@ -369,18 +390,20 @@ def main(stages: list[str], only: list[str]) -> None:
     command = "python book/results/rounding_after_training/run.py"
     seeds = sorted({seed for kind in KINDS.values() for seed in kind.seeds})
     origin = provenance(command, config, seeds, seconds=0)
+    singly = [(name, bits) for name in only for bits in BITS]
     work = {
         "train": [(train, key, weights_of(*key)) for key in runs(only)],
-        "layers": [(layers, (name,), layers_of(name)) for name in only],
+        "layers": [(layers, key, layers_of(*key)) for key in singly]
+        + [(power_laws, (bits,), power_laws_of(bits)) for bits in BITS],
         "networks": [(networks, key, row_of(*key)) for key in roundings(only)],
     }
-    work["layers"].append((power_laws, (), PARTS / "power_laws.json"))
     for stage in stages:
         for do, key, target in work[stage]:
             if not target.exists():
                 do(*key)
     whole = [weights_of(*key) for key in runs(KINDS)] + [row_of(*key) for key in roundings(KINDS)]
-    whole += [layers_of(name) for name in KINDS] + [PARTS / "power_laws.json"]
+    whole += [power_laws_of(bits) for bits in BITS]
+    whole += [layers_of(name, bits) for name in KINDS for bits in BITS]
     if all(target.exists() for target in whole):
         write_tables(origin)
 
