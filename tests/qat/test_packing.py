@@ -55,7 +55,6 @@ QUANTIZERS = {
 WHOLE_LAYER = {
     "fixed width": FixedWidth(1.5),
     "three levels": lambda weight, bits, channel_dim: FixedCodebook(Codebook([-1, 0.1, 1])),
-    "negative zero": lambda weight, bits, channel_dim: FixedCodebook(Codebook([-1, -0.0, 0.7])),
     "two groups": partial(LSQ, groups=2),
 }
 
