@@ -169,6 +169,15 @@ def test_a_small_file_by_hand(path):
     assert read_without_us(path)["0.weight"].tolist() == values
 
 
+def test_a_level_of_negative_zero_is_zero(path):
+    model = quantize_weights(nn.Sequential(nn.Linear(9, 4, bias=False)), 2, "lloyd-max")
+    member = model[0].parametrizations.weight[0]
+    member.levels.data = torch.tensor([-1.0, -0.0, 0.5, 1.0])
+    state = round_trip(model, path)
+    assert (state["0.weight"] == 0).any()
+    assert not state["0.weight"][state["0.weight"] == 0].signbit().any()
+
+
 def test_a_plain_network_loads_what_was_packed(path):
     for quantizer in ("lsq", "uniform"):
         model = quantize_weights(network(), {"*": 3, "6": 1}, quantizer, per_channel=True).eval()
