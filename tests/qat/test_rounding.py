@@ -133,16 +133,82 @@ def test_no_single_move_improves_on_coordinate_descent(greedy):
         assert output_error(moved, weight, gram) >= least - 1e-9
 
 
-def test_close_to_the_best_of_all():
-    """Few weights, so that all can be tried: cooling finds the best or nearly so."""
-    weight, gram, codebook = weights(20, 7), gram_of(7, 1.5), uniform(1, 0.8)
-    every = torch.tensor(list(itertools.product(codebook.levels, repeat=7)))
-    change = every[None] - weight[:, None]
-    best = torch.einsum("osi,ij,osj->os", change, gram, change).amin(1).sum()
-    total = output_error(0 * weight, weight, gram)
-    found = round_layer(weight, gram, codebook, "cooled", polish=True).output_error * total
-    nearest = round_layer(weight, gram, codebook, "nearest").output_error * total
-    assert best - 1e-9 <= found < best + 0.1 * (nearest - best)
+class TestAgainstTheBestOfAll:
+    """Six weights of four levels, so that all roundings can be tried; eight layers of 30 rows."""
+
+    CODEBOOK = uniform(2, 1.5)
+    LAYERS = tuple((weights(30, 6, seed), gram_of(6, 1.5, seed)) for seed in range(8))
+
+    def excess(self, method, **options):
+        """By how much each row's error is above the least that there is."""
+        every = torch.tensor(list(itertools.product(self.CODEBOOK.levels, repeat=6)))
+        rows = []
+        for weight, gram in self.LAYERS:
+            found = round_layer(weight, gram, self.CODEBOOK, method, **options).weight - weight
+            change = every - weight[:, None]
+            least = ((change @ gram) * change).sum(-1).amin(1)
+            rows.append(((found @ gram) * found).sum(-1) - least)
+        return torch.cat(rows)
+
+    @pytest.mark.parametrize("polish", [False, True])
+    @pytest.mark.parametrize("method", methods)
+    def test_no_method_is_better(self, method, polish):
+        assert (self.excess(method, polish=polish) >= -1e-9).all()
+
+    def test_cooled_finds_it_in_nine_rows_of_ten(self):
+        """Over 24 other layers 0.967(35) of the rows of a layer: 0.9 is five deviations off."""
+        reached = {name: (self.excess(name) < 1e-9).double().mean() for name in methods}
+        assert reached["cooled"] >= 0.9
+        assert max(reached, key=reached.get) == "cooled"
+
+
+def cooled(weight, gram, codebook, steps, constant_steps, rates, reheats):
+    """The method for one row, in plain words: one descent after the other, all in float64."""
+    curvature = np.diag(gram)
+    scale = 1 / np.sqrt(curvature)
+    unit = 1 / np.linalg.eigvalsh(scale[:, None] * gram * scale)[-1] / curvature
+    answers = []
+    for rate in rates:
+        latent, kept = weight, []
+        for heat in range(1 + reheats):
+            factors = [1.0] * constant_steps if heat == 0 else []
+            factors += [(1 - t / steps) ** 4 for t in range(steps)] + [0.0]
+            for factor in factors:
+                rounded = codebook.quantize(latent)
+                slope = gram @ (rounded - weight)
+                kept.append(((rounded - weight) @ slope, tuple(rounded)))
+                latent = latent - rate * factor * unit * slope
+            latent = np.array(min(kept)[1])
+        answers.append(min(kept))
+    return np.array(min(answers)[1])
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS, ids=str)
+def test_cooled_row_by_row(codebook):
+    """Few steps, or float32's rounding errors grow until they show."""
+    weight, gram = weights(20, 12), gram_of(12, 1.5)
+    options = {"steps": 15, "constant_steps": 10, "rates": (1.5, 0.7), "reheats": 2}
+    found = round_layer(weight, gram, codebook, "cooled", **options).weight
+    expected = [cooled(row, gram.numpy(), codebook, **options) for row in weight.numpy()]
+    plain = codebook.quantize(weight.numpy())
+    for row, slow, near in zip(found.numpy(), expected, plain, strict=True):
+        assert (row == slow).all() or (row == near).all()
+    assert (found.numpy() == expected).all(1).mean() > 0.9
+
+
+def test_cooled_keeps_the_best_on_its_way():
+    """Heating up again, or a start from another answer, does no harm beyond float32's spacing."""
+    weight, gram, codebook = weights(30, 25), gram_of(25, 1.5), uniform(3, 1.8)
+    short = {"steps": 30, "constant_steps": 30}
+    once, twice, often = (
+        round_layer(weight, gram, codebook, **short, reheats=reheats).output_error
+        for reheats in (0, 1, 4)
+    )
+    assert often <= (1 + 1e-6) * twice
+    assert twice < once
+    start = round_layer(weight, gram, codebook, "compensated")
+    continued = round_layer(weight, gram, codebook, start=start.weight, **short)
+    assert continued.output_error < start.output_error
 
 
 @pytest.mark.parametrize("method", ["cooled", "compensated"])

@@ -78,7 +78,7 @@ class LayerProblem:
         """Nearest level of each entry, shape (outputs, any); at a threshold the lower one."""
         target = target.contiguous()
         if len(self.levels) == 1:
-            return self.levels[0][torch.bucketize(target, self.thresholds[0])]
+            return self.levels[0].take(torch.bucketize(target, self.thresholds[0]))
         return self.levels.gather(1, torch.searchsorted(self.thresholds, target))
 
     def error(self, rounded: Tensor) -> Tensor:
