@@ -278,6 +278,13 @@ def test_bad_input_changes_nothing(model, data, options, error, message):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+def test_what_is_wrong_is_said_before_norms_are_folded():
+    model = network()
+    with pytest.raises(ValueError, match="bits"):
+        round_model(model, images(), 0, batch_norm="folded")
+    assert any(isinstance(module, BATCH_NORM) for module in model.modules())
+
+
 def test_an_interrupted_model_is_as_it_was():
     model = network().train()
     before, calls = state(model), []

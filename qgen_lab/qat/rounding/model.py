@@ -167,9 +167,10 @@ def round_model(
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not known; the names are: {', '.join(known)}")
+    plan = planned(model, bits, quantizer, layers, per_channel, exclude)
     if batch_norm == "folded":
         fold_batch_norm(model)
-    plan = planned(model, bits, quantizer, layers, per_channel, exclude)
+        plan = planned(model, bits, quantizer, layers, per_channel, exclude)
     for name, (_, member) in plan.items():
         if not member.rounds:
             raise ValueError(f"quantizer of layer {name!r} leaves weights as they are: {member}")
@@ -209,12 +210,11 @@ def _grams(
     shared: dict[int, list[str]] = {}
     for name in call_order(model, source, slots):
         shared.setdefault(id(slots[name].weight), []).append(name)
-    known = (
-        {} if sequential else second_moments(model, source.data, list(slots), batch_size=batch_size)
-    )
+    gather = partial(second_moments, model, source.data, batch_size=batch_size)
+    known = {} if sequential else gather(list(slots))
     bar = tqdm(shared.values(), disable=None if progress is None else not progress, unit="layer")
     for names in bar:
-        here = known or second_moments(model, source.data, names, batch_size=batch_size)
+        here = known or gather(names)
         yield names, sum(here[name] for name in names)
 
 

@@ -65,8 +65,10 @@ criteria: dict[str, Callable[[Quantizer, Tensor, Tensor, str], None]] = {
 
 
 def row_levels(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    """Levels of each output of a layer, shape (outputs, K), float64."""
+    """Levels of each output of a layer, float64, shape (outputs, K); (1, K) if all share them."""
     levels = quantizer.levels_for(weight).detach()
+    if len(levels) == 1:
+        return levels
     return levels.repeat_interleave(len(weight) // len(levels), dim=0)
 
 
