@@ -63,6 +63,15 @@ class TestEveryMethod:
         single = round_layer(weight[:, :1], gram[:1, :1], codebook, method, polish=polish)
         assert single.weight.item() == float(codebook.quantize(weight[0, 0].numpy()))
 
+    @pytest.mark.parametrize("scale", [2.0**-30, 2.0**30])
+    def test_the_scale_of_the_gram_matrix_does_not_count(self, method, codebook, polish, scale):
+        weight, gram = weights(4, 12), gram_of(12, 1.5)
+        gram[2], gram[:, 2] = 0, 0
+        found, other = (
+            round_layer(weight, g, codebook, method, polish=polish) for g in (gram, scale * gram)
+        )
+        assert torch.equal(other.weight, found.weight)
+
     def test_only_dead_inputs(self, method, codebook, polish):
         weight = weights(3, 4)
         found = round_layer(weight, torch.zeros(4, 4), codebook, method, polish=polish)

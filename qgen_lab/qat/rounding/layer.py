@@ -109,9 +109,10 @@ def compensated(problem: LayerProblem, start: Tensor, damping: float = 0.01) -> 
     """
     order = problem.gram.diagonal().argsort(descending=True, stable=True)
     gram = problem.gram[order][:, order].clone()
-    dead = gram.diagonal() == 0
-    gram.diagonal()[dead] = 1
-    gram.diagonal().add_(damping * gram.diagonal().mean())
+    mean = gram.diagonal().mean()
+    mean = torch.where(mean > 0, mean, 1)
+    gram.diagonal()[gram.diagonal() == 0] = mean  # a dead input: any value does
+    gram.diagonal().add_(damping * mean)
     # Row j of the factor says how the columns after j answer to the rounding of column j.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     answer = torch.linalg.cholesky(inverse, upper=True)
