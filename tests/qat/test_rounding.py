@@ -41,6 +41,10 @@ class TestEveryMethod:
         assert found.output_error == pytest.approx(output_error(found.weight, weight, gram) / total)
         assert found.nearest_error == pytest.approx(output_error(nearest, weight, gram) / total)
         assert found.output_error <= found.nearest_error
+        rows = [
+            output_error(v[None], w[None], gram) for v, w in zip(found.weight, weight, strict=True)
+        ]
+        np.testing.assert_allclose(found.row_errors, rows, rtol=1e-9)
 
     def test_isotropic_inputs_give_nearest_rounding(self, method, codebook, polish):
         weight = weights(5, 30)

@@ -31,6 +31,8 @@ class RoundedLayer:
         Squared output error over the data, relative to the squared outputs of the float weights.
     nearest_error : float
         The same for rounding to the nearest level.
+    row_errors : Tensor, shape (outputs,)
+        Squared output error of each output, in the units of `gram`, float64.
     method : str
         How they were found.
     seconds : float
@@ -40,6 +42,7 @@ class RoundedLayer:
     weight: Tensor
     output_error: float
     nearest_error: float
+    row_errors: Tensor
     method: str
     seconds: float
 
@@ -339,14 +342,15 @@ def round_layer(
             rounded = coordinate(problem, rounded)
         error, plain_error = problem.error(rounded), problem.error(plain)
         found.append(torch.where((error < plain_error)[:, None], rounded, plain))
-        errors.append(torch.minimum(error, plain_error).sum())
-        plain_errors.append(plain_error.sum())
+        errors.append(torch.minimum(error, plain_error))
+        plain_errors.append(plain_error)
     outputs = sum(((p.weight @ p.gram) * p.weight).sum() for p in problems)
     outputs = outputs.clamp(min=torch.finfo(outputs.dtype).tiny)
     return RoundedLayer(
         weight=torch.cat(found).reshape(weight.shape).to(weight),
-        output_error=(sum(errors) / outputs).item(),
-        nearest_error=(sum(plain_errors) / outputs).item(),
+        output_error=(torch.cat(errors).sum() / outputs).item(),
+        nearest_error=(torch.cat(plain_errors).sum() / outputs).item(),
+        row_errors=torch.cat(errors),
         method=f"{method} + coordinate" if polish else method,
         seconds=time.perf_counter() - started,
     )

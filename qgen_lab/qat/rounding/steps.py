@@ -37,7 +37,7 @@ def of_least_output_error(quantizer: Quantizer, weight: Tensor, gram: Tensor, me
     for factor in _FACTORS.tolist():
         quantizer.put_step_size(factor * first)
         rounded = round_layer(weight, gram, row_levels(quantizer, weight), method, **brief)
-        errors.append(_output_errors(weight, gram, rounded.weight).view(sharing.steps, -1).sum(1))
+        errors.append(rounded.row_errors.view(sharing.steps, -1).sum(1))
     best = _FACTORS.to(first)[torch.stack(errors).argmin(0)]
     quantizer.put_step_size(best.view(sharing.shape) * first)
 
@@ -75,11 +75,3 @@ def row_levels(quantizer: Quantizer, weight: Tensor) -> Tensor:
 def _unit_levels(quantizer: Quantizer, weight: Tensor) -> Tensor:
     """Levels at step one, shape (K,)."""
     return quantizer.levels_for(weight).detach()[0] / quantizer.step_size.double().reshape(-1)[0]
-
-
-def _output_errors(weight: Tensor, gram: Tensor, rounded: Tensor) -> Tensor:
-    """Squared output error of each output, shape (outputs,)."""
-    change = (rounded - weight).double().flatten(1)
-    grams = gram.reshape(-1, *gram.shape[-2:])
-    blocks = change.view(len(grams), -1, change.shape[1])
-    return ((blocks @ grams) * blocks).sum(-1).flatten()
